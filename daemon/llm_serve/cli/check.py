@@ -1,0 +1,150 @@
+"""`llm-serve check NAME|FILE`: judges everything that can be known without loading weights.
+
+It needs no GPU and no network, so that a file can be checked on the machine where it is written. What could
+not be judged here is said in a note, never passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from llm_serve.core.budgets import budgets
+from llm_serve.core.errors import ConfigError, HostError, Problem
+from llm_serve.core.instance_file import check_exposure, locate
+from llm_serve.core.plan import EnginePlan
+from llm_serve.core.settings import Settings
+from llm_serve.host.instances import CONFIG_DIRECTORY, read_api_keys, read_instance
+
+CREDENTIAL_STORES = ("/etc/credstore", "/etc/credstore.encrypted", "/run/credstore")
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What a check of a sound file has found out."""
+
+    settings: Settings
+    plan: EnginePlan
+    effective: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the verdict as `--json` prints it."""
+        tables = self.settings.model_dump(include={"server", "recovery", "gpu", "log"})
+        return {
+            "instance": self.settings.name,
+            "file": self.settings.source,
+            **tables,
+            "plan": self.plan.to_json(),
+            "effective": self.effective,
+            "budgets": list(budgets(self.settings)),
+            "notes": self.notes,
+        }
+
+
+def check(target: str, json_output: bool) -> int:
+    """Print the effective plan and return 0, or print every problem to stderr and return 78."""
+    # vLLM logs to stdout, which belongs to the answer; it reads this when it is imported.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        verdict = examine(target)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
+    answer = json.dumps(verdict.to_json(), indent=2, default=str) if json_output else as_text(verdict)
+    print(answer)
+    return 0
+
+
+def examine(target: str) -> Verdict:
+    """Return what is known of a sound file, or raise ConfigError with all its problems."""
+    settings, text = read_instance(target)
+    problems: list[Problem] = []
+    verdict = Verdict(settings, EnginePlan.from_settings(settings))
+    for step in (_examine_keys, _examine_engine):
+        try:
+            step(verdict, text)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return verdict
+
+
+def _examine_keys(verdict: Verdict, text: str) -> None:
+    settings = verdict.settings
+    unseen = _keys_out_of_sight(settings)
+    if unseen is not None:
+        verdict.notes.append(unseen)
+        return
+    problem = check_exposure(settings, has_keys=bool(read_api_keys(settings)))
+    if problem is not None:
+        raise ConfigError([replace(problem, line=locate(text, problem.path))])
+
+
+def _keys_out_of_sight(settings: Settings) -> str | None:
+    """Return why the keys cannot be judged from here although the service may well have them."""
+    path = settings.server.api_keys
+    if path is None:
+        stores = [Path(store, f"llm-serve.{settings.name}.api-keys") for store in CREDENTIAL_STORES]
+        found = [store for store in stores if store.exists()]
+        return f"{found[0]} is the service's credential: its keys were not checked" if found else None
+    if not Path(path).exists():
+        # A file that is only being written here; where it is installed, its keys have to be there.
+        is_installed = Path(settings.source).parent == CONFIG_DIRECTORY
+        return None if is_installed else f"{path} is not on this machine: its keys were not checked"
+    if not os.access(path, os.R_OK):
+        return f"{path} cannot be read by this user: its keys were not checked"
+    return None
+
+
+def _examine_engine(verdict: Verdict, text: str) -> None:
+    # Imports vLLM: seconds that a file with a wrong key should not take.
+    from llm_serve.engine import arguments
+    from llm_serve.engine.weights import looks_like_path
+
+    settings, source = verdict.settings, verdict.settings.source
+    namespace = arguments.parse_plan(verdict.plan, source=source, text=text)
+    verdict.effective = arguments.effective_arguments(namespace)
+    if not looks_like_path(settings.model) and not arguments.model_is_at_hand(settings.model):
+        verdict.notes.append(f"{settings.model} is not on this machine: its own limits were not checked")
+        return
+    try:
+        _, config = arguments.engine_config(namespace, source=source, text=text)
+    except HostError as error:
+        verdict.notes.append(f"{error}: the model's own limits were not checked")
+    else:
+        verdict.effective = arguments.effective_arguments(namespace, config)
+    arguments.check_model(namespace, source=source, text=text)
+
+
+def as_text(verdict: Verdict) -> str:
+    """Return the verdict for people: one option a line, aligned."""
+    settings = verdict.settings
+    tables = {name: getattr(settings, name).model_dump() for name in ("server", "recovery", "gpu", "log")}
+    tables |= {"engine": verdict.effective, "engine.env": verdict.plan.to_json()["env"]}
+    lines = [f"{settings.source}: good", f"model  {settings.model}"]
+    for title, options in tables.items():
+        lines += _aligned(title, options)
+    lines += ["", "In the worst case", *(f"  {sentence}" for sentence in budgets(settings))]
+    lines += ["", *(f"note: {note}" for note in verdict.notes)] if verdict.notes else []
+    return "\n".join(lines)
+
+
+def _aligned(title: str, options: object) -> list[str]:
+    if not isinstance(options, dict) or not options:
+        return []
+    width = max(map(len, options))
+    return ["", f"[{title}]", *(f"  {name:<{width}}  {_shown(value)}" for name, value in options.items())]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)

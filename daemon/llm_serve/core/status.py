@@ -1,0 +1,50 @@
+"""The snapshot that everybody but the supervisor reads: /status, /metrics, systemd's STATUS line, `llm-serve status`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One instance at one moment. Times are seconds; `since` and `started` are Unix times."""
+
+    instance: str
+    model: str
+    state: str
+    why: str
+    since: float
+    started: float
+    uptime_s: float
+    phase: str
+    progress: float
+    version: str
+    vllm_version: str
+    pid: int
+    listen: str
+    source: str
+    epoch: int = 0
+    rung: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    engine_starts: int = 0
+    last_failure: str | None = None
+    requests_held: int = 0
+    requests_in_flight: int = 0
+    engine_pids: tuple[int, ...] = ()
+    memory_bytes: int = 0
+    engine_arguments: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The body of /status."""
+        return asdict(self)
+
+    @property
+    def line(self) -> str:
+        """One line for systemd and people."""
+        if self.state in {"starting", "recovering"}:
+            return f"{self.state}: {self.phase}, {self.progress:.0%} ({self.why})"
+        if self.state == "serving":
+            return f"serving {self.model} on {self.listen}: {self.requests_in_flight} in flight, {self.engine_starts} start(s)"
+        return f"{self.state}: {self.why}"

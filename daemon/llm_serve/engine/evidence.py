@@ -1,0 +1,74 @@
+"""Keeps what the engine's processes say, so that a failure can be explained after they are gone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from llm_serve.core.failures import ErrorRecord, Evidence
+from llm_serve.core.progress import Phase, phase_of
+
+_OUTPUT_LINES, _ERRORS = 200, 50
+_CAUSE_LIMIT = 20
+
+
+class Collector:
+    """Gathers one engine's records, output and phase. Called from the relay's threads; every write is one append."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the last engine, before the next is started."""
+        self.phase: Phase | None = None
+        self.heard = 0
+        self._errors: deque[ErrorRecord] = deque(maxlen=_ERRORS)
+        self._output: deque[str] = deque(maxlen=_OUTPUT_LINES)
+
+    def add_record(self, value: Mapping[str, Any]) -> None:
+        """Take note of one relayed log record."""
+        self.heard += 1
+        if found := phase_of(value["message"]):
+            self.phase = found if self.phase is None or found.ratio >= self.phase.ratio else self.phase
+        if error := value.get("exception"):
+            frames = tuple(error["frames"])
+            self._errors.append(ErrorRecord(value["process"], error["type"], error["text"], frames))
+
+    def add_output(self, line: str) -> None:
+        """Take note of one line that a process wrote past its logger."""
+        self.heard += 1
+        self._output.append(line)
+
+    def evidence(self, error: BaseException | None = None, *, timed_out_after_s: float | None = None) -> Evidence:
+        """What is known now, with the error that the daemon itself saw."""
+        return Evidence(
+            phase=self.phase.name if self.phase else "",
+            errors=tuple(self._errors),
+            output_tail=tuple(self._output)[-20:],
+            exit_codes=exit_codes_in(error),
+            parent_error=ErrorRecord("", f"{type(error).__module__}.{type(error).__qualname__}", str(error)) if error else None,
+            timed_out_after_s=timed_out_after_s,
+        )
+
+
+def exit_codes_in(error: BaseException | None) -> dict[str, int]:
+    """Exit codes of EngineCore processes that a start-up error still holds in the frames of its traceback.
+
+    vLLM reports `{}` for a process that was killed: it looks before the exit status is there.
+    """
+    trace = error.__traceback__ if error else None
+    codes: dict[str, int] = {}
+    for _ in range(_CAUSE_LIMIT):
+        if trace is None:
+            break
+        manager = getattr(trace.tb_frame.f_locals.get("launch"), "engine_manager", None)
+        codes |= exit_codes_of(manager)
+        trace = trace.tb_next
+    return codes
+
+
+def exit_codes_of(manager: Any) -> dict[str, int]:
+    """Exit codes of the processes of a CoreEngineProcManager that have ended."""
+    found = {process.name: process.exitcode for process in getattr(manager, "processes", ())}
+    return {name: code for name, code in found.items() if code not in (None, 0)}

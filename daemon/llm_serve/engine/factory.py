@@ -1,0 +1,235 @@
+"""EnginePlan -> running AsyncLLM, and back to nothing.
+
+AsyncLLM blocks its caller for as long as an engine takes to start, without a limit of its own, so it is built in a
+thread with our deadline. An engine leaves sockets, temporary files, shared memory and, when it was hurt, processes
+behind; all of them are ended or removed here, after a failure as after a stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llm_serve.core.errors import ConfigError, LlmServeError
+from llm_serve.core.failures import Evidence
+from llm_serve.core.plan import EnginePlan
+from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING
+from llm_serve.engine import forkserver, relay
+from llm_serve.engine.evidence import Collector
+from llm_serve.host import processes
+
+_KILL_TIMEOUT_S = 10.0
+_ASK_TIMEOUT_S = 5.0
+_TEMPORARY_PREFIX = "llm-serve-"
+
+PROCESS_ENVIRONMENT = {
+    # vLLM would stop our HTTP server when an engine dies.
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Else vLLM asks the default route for an address, and torch's store listens there.
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+"""Set in the daemon before vllm is imported, unless the user has set the variable."""
+
+
+class EngineStartFailed(LlmServeError):
+    """An engine did not come up. `evidence` says what it left; nothing of it runs any more."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        super().__init__("the engine did not start")
+        self.evidence = evidence
+
+
+@dataclass
+class Engine:
+    """One running engine: vLLM's client, and what must go when it goes."""
+
+    epoch: int
+    llm: Any
+    args: Namespace
+    tasks: tuple[str, ...]
+    folders: tuple[Path, ...]
+    processes: list[psutil.Process] = field(default_factory=list)
+    shared_memory: frozenset[Path] = frozenset()
+
+    @property
+    def is_dead(self) -> bool:
+        """True once vLLM itself has noticed; a frozen engine is not dead."""
+        return bool(self.llm.errored)
+
+    def exit_codes(self) -> dict[str, int]:
+        """Exit codes of engine processes that have ended, where vLLM knows them."""
+        from llm_serve.engine.evidence import exit_codes_of
+
+        return exit_codes_of(getattr(self.llm.engine_core.resources, "engine_manager", None))
+
+
+class Factory:
+    """Builds engines for one instance, one at a time."""
+
+    def __init__(self, runtime: Path, collector: Collector, receiver: relay.Receiver, log_level: str) -> None:
+        self._runtime, self._collector, self._receiver = runtime, collector, receiver
+        self._logging_config = runtime / "vllm-logging.json"
+        relay.write_logging_config(self._logging_config, receiver.records_socket, log_level)
+        self._forked_with: Mapping[str, str] | None = None
+
+    def prepare(self, plan: EnginePlan, architectures: list[str]) -> None:
+        """Set the process up for vLLM and let the fork server load it. Call from the main thread; returns at once."""
+        defaults = PROCESS_ENVIRONMENT | {"VLLM_LOGGING_CONFIG_PATH": str(self._logging_config)}
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+        if self._forked_with != plan.env or forkserver.running_pid() is None:
+            forkserver.stop()
+            forkserver.start(plan.env, architectures, self._receiver.output_socket)
+            self._forked_with = dict(plan.env)
+
+    async def build(self, plan: EnginePlan, epoch: int, *, source: str, text: str | None, timeout_s: float) -> Engine:
+        """Start an engine and return it when it has generated a token.
+
+        Raises ConfigError for a plan that vLLM refuses, EngineStartFailed for everything else, and leaves nothing
+        running in both cases, and when it is cancelled.
+        """
+        self._collector.clear()
+        folders = self._make_folders(epoch)
+        private = {"VLLM_RPC_BASE_PATH": str(folders[0]), "TMPDIR": str(folders[1])}
+        building = asyncio.create_task(
+            asyncio.to_thread(self._build_in_thread, plan, epoch, source, text, folders, dict(plan.env) | private)
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                engine = await asyncio.shield(building)
+                self._collector.phase = FIRST_TOKEN
+                await _generate_one_token(engine)
+        except ConfigError:
+            await self._clear(folders)
+            raise
+        except TimeoutError as error:
+            await self._abandon(building, folders)
+            raise EngineStartFailed(self._collector.evidence(timed_out_after_s=timeout_s)) from error
+        except asyncio.CancelledError:
+            await self._abandon(building, folders)
+            raise
+        except Exception as error:
+            await asyncio.sleep(0.2)  # the last records of a dying child are still on their way
+            evidence = self._collector.evidence(error)
+            await self._abandon(building, folders)
+            raise EngineStartFailed(evidence) from error
+        engine.processes = self._engine_processes()
+        engine.shared_memory = processes.shared_memory_of(engine.processes)
+        return engine
+
+    def _build_in_thread(
+        self, plan: EnginePlan, epoch: int, source: str, text: str | None, folders: tuple[Path, ...], env: dict[str, str]
+    ) -> Engine:
+        from llm_serve.engine import arguments
+
+        self._collector.phase = IMPORTING
+        with forkserver.environment(env):
+            args = arguments.parse_plan(plan, source=source, text=text)
+            self._collector.phase = CONFIGURING
+            from vllm.logger import configure_logging_from_args
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.async_llm import AsyncLLM
+
+            configure_logging_from_args(args)
+            engine_args, config = arguments.engine_config(args)
+            forkserver.install()
+            self._collector.phase = LAUNCHING
+            llm = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                aggregate_engine_logging=engine_args.aggregate_engine_logging,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
+        return Engine(epoch, llm, args, (), folders)
+
+    async def stop(self, engine: Engine) -> None:
+        """End an engine, asked first, then killed; on return nothing of it is left."""
+        living = self._engine_processes()
+        shared = engine.shared_memory | processes.shared_memory_of(living)
+        if not engine.is_dead:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(asyncio.to_thread(engine.llm.engine_core.shutdown, _ASK_TIMEOUT_S), _ASK_TIMEOUT_S + 2)
+        await processes.kill_all([*living, *engine.processes], timeout_s=_KILL_TIMEOUT_S)
+        with contextlib.suppress(Exception):
+            engine.llm.shutdown(0)
+        processes.unlink_all(shared)
+        _remove(engine.folders)
+
+    def close(self) -> None:
+        """End the fork server. For the end of the daemon."""
+        forkserver.stop()
+        self._logging_config.unlink(missing_ok=True)
+
+    def engine_marks(self) -> tuple[float, int, int]:
+        """(CPU seconds, bytes read, records heard) of the engine's side: a start that makes progress changes them."""
+        everything = [psutil.Process(), *processes.descendants()]
+        return (*processes.progress_mark(everything), self._collector.heard)
+
+    async def _abandon(self, building: asyncio.Task[Engine], folders: tuple[Path, ...]) -> None:
+        """Kill a start. Its thread ends by itself when its processes are gone."""
+        for _ in range(20):
+            await self._clear(folders)
+            done, _ = await asyncio.wait({building}, timeout=0.5)
+            if done:
+                break
+        if building.done() and not building.cancelled() and building.exception() is None:
+            await self.stop(building.result())
+        await self._clear(folders)
+
+    async def _clear(self, folders: tuple[Path, ...]) -> None:
+        living = self._engine_processes()
+        shared = processes.shared_memory_of(living)
+        await processes.kill_all(living, timeout_s=_KILL_TIMEOUT_S)
+        processes.unlink_all(shared)
+        _remove(folders)
+
+    def _engine_processes(self) -> list[psutil.Process]:
+        return processes.descendants(without=[pid for pid in (forkserver.running_pid(),) if pid])
+
+    def _make_folders(self, epoch: int) -> tuple[Path, Path]:
+        """A private place for sockets (short path: 107 characters is the limit) and one for temporary files."""
+        sockets = self._runtime / f"e{epoch}"
+        _remove((sockets,))
+        sockets.mkdir(mode=0o700)
+        return sockets, Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{self._runtime.name}-e{epoch}-"))
+
+
+def remove_leftovers(runtime: Path) -> None:
+    """Remove what an earlier life of this instance left in its runtime folder and among the temporary files."""
+    _remove(tuple(runtime.glob("e[0-9]*")))
+    mine = Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}{runtime.name}-e[0-9]*")
+    _remove(tuple(path for path in mine if path.stat().st_uid == os.getuid()))
+
+
+def _remove(folders: tuple[Path, ...]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _generate_one_token(engine: Engine) -> None:
+    """The proof that the engine works: READY means that this has returned."""
+    engine.tasks = tuple(await engine.llm.get_supported_tasks())
+    if "generate" in engine.tasks:
+        from vllm.sampling_params import SamplingParams
+
+        once = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        async for _ in engine.llm.generate({"prompt_token_ids": [1]}, once, f"first-token-{engine.epoch}"):
+            pass
+        return
+    from vllm.pooling_params import PoolingParams
+
+    task: Any = next(task for task in ("embed", "classify", "token_embed", *engine.tasks) if task in engine.tasks)
+    async for _ in engine.llm.encode({"prompt_token_ids": [1]}, PoolingParams(task=task), f"first-{engine.epoch}"):
+        pass

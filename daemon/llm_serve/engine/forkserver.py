@@ -1,0 +1,182 @@
+"""Starts engine processes from one preloaded fork server, and knows how to end it.
+
+vLLM starts its processes with `spawn`, and each then imports torch and vllm again: 40 s on two cores. A fork
+server that has imported them once brings a rebuild to 8 s. vLLM 0.32 cannot be asked for it (its CPU platform
+overwrites the start method with `spawn`), so `install` replaces `get_mp_context` where vLLM looks it up, here
+and in the fork server, from which EngineCore starts its workers.
+
+Three things a forked child would otherwise miss are set in `_enter_child`: the environment of the moment it was
+asked for, the CPUs and threads that vLLM chose for it (libgomp reads OMP_* only when it is loaded, which was in
+the fork server), and its parent's death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib.util
+import multiprocessing as mp
+import multiprocessing.context
+import multiprocessing.forkserver as stdlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES_VARIABLE = "LLM_SERVE_ARCHITECTURES"
+OUTPUT_VARIABLE = "LLM_SERVE_ENGINE_OUTPUT"
+_PATCHED_MODULES = (
+    "vllm.utils.system_utils",
+    "vllm.v1.engine.utils",
+    "vllm.v1.engine.coordinator",
+    "vllm.v1.executor.multiproc_executor",
+)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def start(env: Mapping[str, str], architectures: Iterable[str], output_socket: Path) -> int:
+    """Start the fork server with `env` and return its pid at once; it loads vLLM and these model classes by itself.
+
+    Call it from the main thread: the server dies with the thread that started it.
+    """
+    stdlib._forkserver.set_forkserver_preload(["llm_serve.engine.preload"])
+    extra = dict(env) | {
+        ARCHITECTURES_VARIABLE: ",".join(architectures),
+        OUTPUT_VARIABLE: str(output_socket),
+        "LD_PRELOAD": _libraries_to_preload(env.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))),
+        # A pool started in the server would not exist in its forks, which would then wait for it for ever.
+        "OMP_NUM_THREADS": "1",
+    }
+    with environment(extra):
+        stdlib.ensure_running()
+    return running_pid() or 0
+
+
+def running_pid() -> int | None:
+    """The fork server's pid, or None when none was started."""
+    pid: int | None = stdlib._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    return pid
+
+
+def stop() -> None:
+    """Kill the fork server and forget it; its forks die with it (PR_SET_PDEATHSIG)."""
+    server: Any = stdlib._forkserver
+    if server._forkserver_pid is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+    server._stop()
+
+
+def install() -> None:
+    """Make every later vLLM process of this process a fork of the fork server."""
+    stdlib.ForkServer.ensure_running = _ensure_running  # type: ignore[method-assign]
+    context = _Context()
+    for name in _PATCHED_MODULES:
+        if (module := sys.modules.get(name)) is not None:
+            module.get_mp_context = lambda: context  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def environment(changes: Mapping[str, str]) -> Any:
+    """Set variables for the length of a block. Processes started inside inherit them."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that made it ends, whatever ends it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of grandchildren whose parent died, so that they can be found, killed and reaped."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _libraries_to_preload(already: str) -> str:
+    """What vLLM's CPU platform puts into LD_PRELOAD for a spawned worker: a fork cannot load it any more."""
+    vllm, torch = _package("vllm"), _package("torch")
+    allocator = sorted((vllm / "libs").glob("libtcmalloc_minimal*.so*")) if vllm else []
+    if not allocator or not torch:
+        return already
+    openmp = sorted([*(torch.parent / "torch.libs").glob("libgomp*.so*"), *(torch / "lib").glob("libgomp*.so*")])
+    chosen = [] if "tcmalloc" in already else allocator[:1]
+    chosen += [] if "omp" in already else openmp[:1]
+    return ":".join([*map(str, chosen), *([already] if already else [])])
+
+
+def _package(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+_stdlib_ensure_running = stdlib.ForkServer.ensure_running
+
+
+def _ensure_running(self: Any) -> None:
+    """A fork reuses the server that made it. CPython up to 3.13 would start a second one (it looks at its pid)."""
+    if self._forkserver_pid is None and self._forkserver_address and self._forkserver_alive_fd is not None:
+        resource_tracker.ensure_running()
+        return
+    _stdlib_ensure_running(self)
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    """The fork-server context whose processes start in `_enter_child`."""
+
+    def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: N802 - the library's name
+        target = kwargs.pop("target", None)
+        inner = (dict(os.environ), target, kwargs.pop("args", ()), kwargs.pop("kwargs", {}))
+        return multiprocessing.context.ForkServerProcess(*args, target=_enter_child, args=inner, **kwargs)
+
+
+def _enter_child(env: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    os.environ.clear()
+    os.environ.update(env)
+    tempfile.tempdir = None
+    die_with_parent()
+    _be_killed_before_the_daemon()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    _take_cpus(env)
+    envs: Any = importlib.import_module("vllm.envs")
+    if hasattr(envs, "disable_envs_cache"):
+        envs.disable_envs_cache()
+    return target(*args, **kwargs)
+
+
+def _be_killed_before_the_daemon() -> None:
+    """The unit lowers the daemon's OOM score; its engine should be what the kernel takes first."""
+    score = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError, ValueError):
+        if int(score.read_text()) < 0:
+            score.write_text("0")
+
+
+def _take_cpus(env: Mapping[str, str]) -> None:
+    """Do what libgomp would have done with vLLM's OMP settings, had it been loaded in this process."""
+    cpus = {int(cpu) for cpu in env.get("GOMP_CPU_AFFINITY", "").split()}
+    if cpus:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cpus)
+    torch: Any = sys.modules.get("torch")
+    threads = env.get("OMP_NUM_THREADS", "")
+    if torch is not None:
+        available = len(cpus) or mp.cpu_count()
+        torch.set_num_threads(int(threads) if threads.isdigit() else available)

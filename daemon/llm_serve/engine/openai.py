@@ -1,0 +1,37 @@
+"""vLLM's own OpenAI routes, mounted by allow-list and re-bound for each engine.
+
+Everything about the wire format (protocol models, parsers, templates, streaming) is vLLM's. What is not on the list
+is not there: vLLM's development, weight-update, scaling and fault routes would otherwise be open to every client.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed: frozenset[tuple[str, str]]) -> Any:
+    """vLLM's FastAPI application with only the allowed routes left. It needs `bind` before it can answer."""
+    from vllm.entrypoints.launchers.app import build_app as vllm_build_app
+
+    if args.allowed_origins == ["*"]:
+        # vLLM's default lets every web page that the user opens talk to a model on his own machine.
+        args.allowed_origins = []
+    app = vllm_build_app(args, tuple(tasks), model_config)
+    app.router.routes = [route for route in app.router.routes if _is_allowed(route, allowed)]
+    # vLLM's error handlers look at a server that they may stop; ours is not theirs to stop.
+    app.state.server = SimpleNamespace(should_exit=False)
+    return app
+
+
+def _is_allowed(route: Any, allowed: frozenset[tuple[str, str]]) -> bool:
+    path = getattr(route, "path", None)
+    return any((method, path) in allowed for method in getattr(route, "methods", None) or ())
+
+
+async def bind(app: Any, survivor: Any, args: Namespace, tasks: Sequence[str]) -> None:
+    """Make the handlers use this epoch's model configuration, renderer and parsers."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+    await init_app_state(survivor, app.state, args, tuple(tasks))

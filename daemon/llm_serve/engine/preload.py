@@ -1,0 +1,55 @@
+"""Imported inside the fork server, and only there: loads what every engine process needs, once.
+
+It never touches a GPU: a CUDA context made here would be broken in every fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+from llm_serve.engine import forkserver
+
+_ALWAYS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.structured_output")
+_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.attention.backends.cpu_attn")
+_CUDA = ("vllm.v1.worker.gpu_worker", "vllm.v1.worker.gpu.model_runner", "vllm.v1.attention.backends.flash_attn")
+
+
+def _write_to(output: str) -> None:
+    """Send this process's output, and that of all its forks, to the daemon, which knows where logs go."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sink:
+        sink.connect(output)
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+
+
+def _modules(architectures: list[str]) -> Iterator[str]:
+    """The modules to load, in an order in which one that fails leaves most of the others loaded."""
+    yield from _ALWAYS
+    from vllm.platforms import current_platform
+
+    yield from _CPU if current_platform.is_cpu() else _CUDA
+    from vllm.model_executor.models import registry
+
+    for architecture in architectures:
+        if known := registry._VLLM_MODELS.get(architecture):
+            yield f"vllm.model_executor.models.{known[0]}"
+
+
+def _load(names: Iterator[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001 - a module that this machine lacks only makes forks slower
+            logging.getLogger("vllm.llm_serve").warning("preload of %s failed: %s", name, error)
+
+
+forkserver.die_with_parent()
+forkserver.adopt_orphans()
+_write_to(os.environ.get(forkserver.OUTPUT_VARIABLE, ""))
+_load(_modules([name for name in os.environ.get(forkserver.ARCHITECTURES_VARIABLE, "").split(",") if name]))
+forkserver.install()

@@ -1,0 +1,61 @@
+"""What must be there before an engine can be started: places to write, and room in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm_serve.core.errors import ConfigError, HostError, Problem
+
+_LEAST_FREE_BYTES = 64 << 20
+_CACHES = ("VLLM_CACHE_ROOT", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
+
+
+def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
+    """The folders that vLLM, torch, Triton and the hub write to, by the variable that sets each."""
+    found = {name: Path(environ[name]) for name in _CACHES if environ.get(name)}
+    if "XDG_CACHE_HOME" not in found:
+        found["HOME"] = Path(environ.get("HOME") or "/") / ".cache"
+    return found
+
+
+def check_host(environ: Mapping[str, str]) -> None:
+    """Raise ConfigError for a place that can never be written, HostError for one that is full at present.
+
+    Without this, an unwritable cache shows up as "Model architectures failed to be inspected".
+    """
+    problems = []
+    places = cache_folders(environ) | {"TMPDIR": Path(tempfile.gettempdir())}
+    for variable, folder in places.items():
+        if (error := _write_error(folder)) is not None:
+            hint = f"Give the service user write access, or set {variable} to a folder that it can write to."
+            problems.append(Problem("environment", None, variable, f"cannot write to {folder}: {error.strerror}.", hint))
+        elif (free := shutil.disk_usage(folder).free) < _LEAST_FREE_BYTES:
+            raise HostError(f"only {free >> 20} MiB are free on the disk of {folder} ({variable}): free at least 64 MiB.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _write_error(folder: Path) -> OSError | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
+    except OSError as error:
+        return None if error.errno == 28 else error  # full: reported with figures by the caller
+    return None
+
+
+def runtime_folder(name: str, environ: Mapping[str, str]) -> Path:
+    """The private folder for this instance's sockets: systemd's, or one of the user's."""
+    given = environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    base = Path(environ.get("XDG_RUNTIME_DIR") or f"/tmp/llm-serve-{os.getuid()}")  # noqa: S108 - made private below
+    folder = Path(given) if given else base / "llm-serve" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        problem = Problem("environment", None, "RUNTIME_DIRECTORY", f"{folder} belongs to another user.")
+        raise ConfigError((problem,))
+    return folder

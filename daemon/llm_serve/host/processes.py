@@ -1,0 +1,88 @@
+"""Finds, measures and ends processes, and removes the shared memory that they leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+_SHARED_MEMORY = re.compile(r"/dev/shm/([^\s/]+)")
+
+
+def descendants(*, without: Iterable[int] = ()) -> list[psutil.Process]:
+    """Every living process below this one, except those named and Python's own resource trackers."""
+    skipped = set(without)
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if process.pid not in skipped and not _is_tracker(process)]
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("resource_tracker" in word for word in process.cmdline())
+    return True
+
+
+def shared_memory_of(processes: Iterable[psutil.Process]) -> frozenset[Path]:
+    """The /dev/shm files that these processes have mapped."""
+    found: set[Path] = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
+            found |= {Path("/dev/shm") / name for name in _SHARED_MEMORY.findall(maps)}  # noqa: S108 - the real place
+    return frozenset(found)
+
+
+def unlink_all(paths: Iterable[Path]) -> None:
+    """Remove files that may be gone already."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+async def kill_all(processes: Iterable[psutil.Process], *, timeout_s: float) -> list[psutil.Process]:
+    """SIGKILL these processes and wait until they are gone. Returns those that were not gone in time."""
+    alive = list(processes)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while (alive := [p for p in alive if is_alive(p)]) and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.02)
+    return alive
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """True while the process runs; a zombie has ended."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def progress_mark(processes: Iterable[psutil.Process]) -> tuple[float, int]:
+    """CPU seconds used and bytes read so far: work that is under way changes at least one of them."""
+    cpu_s, bytes_read = 0.0, 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            times = process.cpu_times()
+            cpu_s += times.user + times.system
+            bytes_read += process.io_counters().read_bytes
+    return round(cpu_s, 1), bytes_read
+
+
+def holder_of_port(port: int) -> str | None:
+    """Who listens on a TCP port, as "name (pid N)", where that can be seen."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    return None
+
+
+def resident_bytes() -> int:
+    """Memory of this process alone."""
+    return int(psutil.Process(os.getpid()).memory_info().rss)

@@ -1,0 +1,124 @@
+"""Talks to systemd: readiness, status, start time, watchdog, and the descriptor store that keeps our socket.
+
+The sdnotify package encodes in latin-1, drops a message it cannot encode, swallows every error and knows no
+descriptors, so messages go as UTF-8 through the socket that it opens.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+from collections.abc import Mapping
+from typing import Protocol
+
+import sdnotify
+
+_FIRST_PASSED_FD = 3
+LISTEN_NAME = "listen"
+
+
+class Notifier(Protocol):
+    """What the daemon tells its service manager. `Silence` is the one for no service manager."""
+
+    @property
+    def watchdog_s(self) -> float | None:
+        """Seconds after which silence counts as death, or None."""
+
+    def ready(self) -> None:
+        """The service answers."""
+
+    def status(self, text: str) -> None:
+        """One line for `systemctl status`."""
+
+    def extend_start(self, seconds: float) -> None:
+        """The start, or stop, is making progress: allow this many seconds from now."""
+
+    def stopping(self) -> None:
+        """The service is on its way down."""
+
+    def alive(self) -> None:
+        """The loop turns."""
+
+    def keep(self, listener: socket.socket) -> None:
+        """Keep this socket open across processes."""
+
+    def forget(self) -> None:
+        """Do not keep the stored socket any longer."""
+
+
+class Silence:
+    """No service manager: nothing is told to anybody."""
+
+    watchdog_s = None
+
+    def ready(self) -> None: ...
+    def status(self, text: str) -> None: ...
+    def extend_start(self, seconds: float) -> None: ...
+    def stopping(self) -> None: ...
+    def alive(self) -> None: ...
+    def keep(self, listener: socket.socket) -> None: ...
+    def forget(self) -> None: ...
+
+
+class Systemd:
+    """The service manager behind NOTIFY_SOCKET."""
+
+    def __init__(self, watchdog_s: float | None) -> None:
+        self.watchdog_s = watchdog_s
+        self._socket: socket.socket = sdnotify.SystemdNotifier().socket
+        self._socket.setblocking(False)
+        self._last_status = ""
+
+    def ready(self) -> None:
+        self._send("READY=1")
+
+    def status(self, text: str) -> None:
+        line = " ".join(text.split())
+        if line != self._last_status:
+            self._last_status = line
+            self._send(f"STATUS={line}")
+
+    def extend_start(self, seconds: float) -> None:
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    def alive(self) -> None:
+        self._send("WATCHDOG=1")
+
+    def keep(self, listener: socket.socket) -> None:
+        rights = array.array("i", [listener.fileno()])
+        self._send(f"FDSTORE=1\nFDNAME={LISTEN_NAME}", [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+
+    def forget(self) -> None:
+        self._send(f"FDSTOREREMOVE=1\nFDNAME={LISTEN_NAME}")
+
+    def _send(self, message: str, ancillary: list[tuple[int, int, array.array[int]]] | None = None) -> None:
+        # A full or vanished manager socket must not end the service it manages.
+        with contextlib.suppress(OSError):
+            self._socket.sendmsg([message.encode()], ancillary or [])
+
+
+def notifier(environ: Mapping[str, str]) -> Notifier:
+    """The notifier for this process's environment."""
+    if not environ.get("NOTIFY_SOCKET"):
+        return Silence()
+    interval = environ.get("WATCHDOG_USEC", "")
+    is_ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return Systemd(int(interval) / 1e6 if interval.isdigit() and is_ours else None)
+
+
+def passed_sockets(environ: Mapping[str, str]) -> list[socket.socket]:
+    """Listening sockets handed over by systemd, from its store or from a socket unit."""
+    if environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    count = int(environ.get("LISTEN_FDS", "0") or 0)
+    found = []
+    for fd in range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + count):
+        with contextlib.suppress(OSError):
+            os.set_inheritable(fd, False)
+            found.append(socket.socket(fileno=fd))
+    return found

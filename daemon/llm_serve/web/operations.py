@@ -1,0 +1,52 @@
+"""What operators and machines ask: alive? ready? how is it going? Answered from the first second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse, Response
+
+from llm_serve import metrics
+from llm_serve.core.machine import State
+from llm_serve.core.status import Snapshot
+
+
+def create(snapshot: Callable[[], Snapshot], model_names: tuple[str, ...]) -> FastAPI:
+    """The operations application. `model_names` answers /v1/models until vLLM's own handler can."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+
+    @app.api_route("/livez", methods=["GET", "HEAD"])
+    async def livez() -> Response:
+        """200 as long as the process answers at all."""
+        return Response("ok\n", media_type="text/plain")
+
+    @app.api_route("/readyz", methods=["GET", "HEAD"])
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    async def readyz() -> Response:
+        """200 when requests are served at once; else 503 with the state."""
+        now = snapshot()
+        if now.state == State.serving:
+            return JSONResponse({"state": now.state})
+        body = {"state": now.state, "phase": now.phase, "progress": now.progress, "why": now.why}
+        return JSONResponse(body, 503, {"retry-after": "5"})
+
+    @app.get("/status")
+    async def status() -> Response:
+        """Everything that the supervisor knows."""
+        return JSONResponse(snapshot().to_json())
+
+    @app.get("/metrics")
+    async def scrape() -> Response:
+        """Ours and vLLM's, for Prometheus."""
+        return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The names from the file, while no engine has been up yet."""
+        created = int(time.time())
+        data = [{"id": name, "object": "model", "created": created, "owned_by": "llm-serve"} for name in model_names]
+        return JSONResponse({"object": "list", "data": data})
+
+    return app
