@@ -76,7 +76,7 @@ class Supervisor:
     def snapshot(self) -> Snapshot:
         """The instance as it is now."""
         now, settings = self._situation, self._instance.settings
-        phase = SERVING if now.state is State.serving else self._collector.phase or _WAITING
+        phase = self._phase()
         return Snapshot(
             instance=settings.name,
             model=settings.model,
@@ -103,6 +103,12 @@ class Supervisor:
             memory_bytes=processes.resident_bytes(),
             engine_arguments=dict(self._instance.plan.to_json()),
         )
+
+    def _phase(self) -> Phase:
+        """How far a start has come; once there was none to wait for, the state itself."""
+        if self._situation.state in machine.HOLDING:
+            return self._collector.phase or _WAITING
+        return SERVING if self._situation.state is State.serving else Phase(self._situation.state.value, 0.0)
 
     def request_stop(self) -> None:
         """Ask for the end; a second time, ask for it now. Safe as a signal handler."""

@@ -31,7 +31,9 @@ class Problem:
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         words = f"{place}: {self.path}: {self.message}" if self.path else f"{place}: {self.message}"
-        return f"{words.rstrip('.')}. {self.hint}" if self.hint else words
+        if not self.hint:
+            return words
+        return f"{words} {self.hint}" if words.endswith((".", "!", "?")) else f"{words}. {self.hint}"
 
 
 class LlmServeError(Exception):

@@ -24,7 +24,7 @@ from llm_serve.core.settings import (
     ServerSettings,
     Settings,
 )
-from llm_serve.core.toml_lines import Path, duplicates, join, locate, normalised
+from llm_serve.core.toml_lines import Path, duplicates, join, locate, locate_within, normalised
 
 __all__ = ["check_exposure", "locate", "nearest", "parse_instance"]
 
@@ -109,17 +109,8 @@ class _Reader:
         self._source = source
 
     def refuse(self, path: str, message: str, hint: str | None = None, line: int | None = None) -> None:
-        line = line if line is not None else self._line_of(path)
+        line = line if line is not None else locate_within(self._text, path)
         self.problems.append(Problem(self._source, line, path, message, hint))
-
-    def _line_of(self, path: str) -> int | None:
-        """The line of the path, or of the innermost part of it that is written."""
-        while path:
-            line = locate(self._text, path)
-            if line is not None:
-                return line
-            path = path.rpartition(".")[0]
-        return None
 
     def normalised_tables(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return the file with `_` in the names of tables and options; values stay as they are."""

@@ -60,6 +60,17 @@ def locate(text: str, dotted_path: str) -> int | None:
     return None
 
 
+def locate_within(text: str, dotted_path: str) -> int | None:
+    """Return the line of `dotted_path`, or of the innermost part of it that is written."""
+    lines = {normalised(join(path)): line for path, line in reversed(key_lines(text))}
+    wanted = normalised(dotted_path)
+    while wanted:
+        if wanted in lines:
+            return lines[wanted]
+        wanted = wanted.rpartition(".")[0]
+    return None
+
+
 class _Scanner:
     """One pass over one text; `found` grows as keys are met."""
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,21 @@ def engine_config(
     report = _report(source, text)
     _check_model_exists(namespace.model, report)
     with report.refusals():
-        return _create(namespace)
+        created = _create(namespace)
+        _check_load_format(namespace.load_format)
+        return created
+
+
+def _check_load_format(name: str) -> None:
+    """vLLM looks the loader up in the engine's process only. Plugins may add loaders: call it after them."""
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    try:
+        get_model_loader(LoadConfig(load_format=name))
+    except KeyError:
+        # The loader exists, and misses options of its own that a real start gives it.
+        return
 
 
 def _create(namespace: argparse.Namespace) -> tuple[Any, Any]:
@@ -325,15 +340,25 @@ def effective_arguments(namespace: argparse.Namespace, vllm_config: Any = None) 
 def _json_value(value: Any) -> object:
     """Return a value as JSON would have it; of a dataclass only what differs from its defaults."""
     if is_dataclass(value) and not isinstance(value, type):
-        default = type(value)()
-        names = [field.name for field in fields(value) if field.repr]
+        given = {field.name: getattr(value, field.name) for field in fields(value) if field.repr}
+        usual = _defaults_of(type(value))
         return {
-            name: _json_value(getattr(value, name))
-            for name in names
-            if getattr(value, name) != getattr(default, name, None)
+            name: _json_value(inner)
+            for name, inner in given.items()
+            if name not in usual or inner != usual[name]
         }
+    if isinstance(value, Enum):
+        return _json_value(value.value)
     if isinstance(value, dict):
         return {str(key): _json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set):
         return [_json_value(inner) for inner in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _defaults_of(kind: type) -> dict[str, Any]:
+    """Return the attributes of a dataclass made without arguments; none when it cannot be."""
+    try:
+        return dict(vars(kind()))
+    except TypeError:
+        return {}

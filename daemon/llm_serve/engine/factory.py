@@ -91,7 +91,7 @@ class Factory:
             os.environ.setdefault(name, value)
         if self._forked_with != plan.env or forkserver.running_pid() is None:
             forkserver.stop()
-            forkserver.start(plan.env, architectures, self._receiver.output_socket)
+            forkserver.start(plan.env, architectures, self._receiver.output_socket, self._runtime / "mp")
             self._forked_with = dict(plan.env)
 
     async def build(self, plan: EnginePlan, epoch: int, *, source: str, text: str | None, timeout_s: float) -> Engine:
@@ -159,17 +159,21 @@ class Factory:
         living = self._engine_processes()
         shared = engine.shared_memory | processes.shared_memory_of(living)
         if not engine.is_dead:
+            if engine.llm.output_handler is not None:
+                engine.llm.output_handler.cancel()  # else it reports the end that we ask for as a death
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(asyncio.to_thread(engine.llm.engine_core.shutdown, _ASK_TIMEOUT_S), _ASK_TIMEOUT_S + 2)
         await processes.kill_all([*living, *engine.processes], timeout_s=_KILL_TIMEOUT_S)
         with contextlib.suppress(Exception):
             engine.llm.shutdown(0)
-        processes.unlink_all(shared)
+        forkserver.forget(processes.unlink_all(shared))
         _remove(engine.folders)
 
     def close(self) -> None:
-        """End the fork server. For the end of the daemon."""
+        """End the fork server and let go of what this process itself has in /dev/shm. For the end of the daemon."""
         forkserver.stop()
+        forkserver.forget(processes.unlink_all(processes.shared_memory_of([psutil.Process()])))
+        _remove((self._runtime / "mp",))
         self._logging_config.unlink(missing_ok=True)
 
     def engine_marks(self) -> tuple[float, int, int]:
@@ -192,7 +196,7 @@ class Factory:
         living = self._engine_processes()
         shared = processes.shared_memory_of(living)
         await processes.kill_all(living, timeout_s=_KILL_TIMEOUT_S)
-        processes.unlink_all(shared)
+        forkserver.forget(processes.unlink_all(shared))
         _remove(folders)
 
     def _engine_processes(self) -> list[psutil.Process]:
@@ -208,7 +212,7 @@ class Factory:
 
 def remove_leftovers(runtime: Path) -> None:
     """Remove what an earlier life of this instance left in its runtime folder and among the temporary files."""
-    _remove(tuple(runtime.glob("e[0-9]*")))
+    _remove((*runtime.glob("e[0-9]*"), runtime / "mp"))
     mine = Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}{runtime.name}-e[0-9]*")
     _remove(tuple(path for path in mine if path.stat().st_uid == os.getuid()))
 

@@ -39,11 +39,14 @@ _PATCHED_MODULES = (
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def start(env: Mapping[str, str], architectures: Iterable[str], output_socket: Path) -> int:
+def start(env: Mapping[str, str], architectures: Iterable[str], output_socket: Path, folder: Path) -> int:
     """Start the fork server with `env` and return its pid at once; it loads vLLM and these model classes by itself.
 
-    Call it from the main thread: the server dies with the thread that started it.
+    Call it from the main thread: the server dies with the thread that started it. Its own socket, and those of its
+    forks, go into `folder`, which multiprocessing would else leave behind among the temporary files.
     """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    mp.current_process()._config["tempdir"] = str(folder)  # type: ignore[attr-defined]
     stdlib._forkserver.set_forkserver_preload(["llm_serve.engine.preload"])
     extra = dict(env) | {
         ARCHITECTURES_VARIABLE: ",".join(architectures),
@@ -71,6 +74,15 @@ def stop() -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(server._forkserver_pid, signal.SIGKILL)
     server._stop()
+
+
+def forget(shared_memory: Iterable[Path]) -> None:
+    """Take files that we have removed off the list of the resource tracker, which would complain at its end."""
+    for path in shared_memory:
+        is_semaphore = path.name.startswith("sem.")
+        name = f"/{path.name.removeprefix('sem.')}"
+        with contextlib.suppress(OSError, ValueError):
+            resource_tracker.unregister(name, "semaphore" if is_semaphore else "shared_memory")
 
 
 def install() -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llm_serve.core.errors import ConfigError, HostError, Problem
-from llm_serve.core.instance_file import locate
+from llm_serve.core.toml_lines import locate, locate_within
 
 
 class Report:
@@ -24,12 +24,15 @@ class Report:
         self._problems: list[Problem] = []
 
     def add(self, path: str, message: str, hint: str | None = None) -> None:
-        line = locate(self._text, path) if self._text is not None else None
+        line = locate_within(self._text, path) if self._text is not None else None
         self._problems.append(Problem(self._source, line, path, message, hint))
 
     def raise_if_any(self) -> None:
         if self._problems:
             raise ConfigError(sorted(self._problems, key=lambda problem: problem.line or 0))
+
+    def _is_written(self, path: str) -> bool:
+        return self._text is not None and locate(self._text, ".".join(path.split(".")[:2])) is not None
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
@@ -46,7 +49,9 @@ class Report:
                 raise HostError(trouble) from error
             for path, message, hint in _refusals(error, self._options):
                 self.add(path, message, hint)
-            raise ConfigError(self._problems) from error
+            # vLLM also complains about values that it derived from a wrong one; only what is written counts.
+            written = [problem for problem in self._problems if self._is_written(problem.path)]
+            raise ConfigError(written or self._problems) from error
 
 
 def _host_trouble(message: str) -> str | None:
@@ -102,6 +107,8 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
     (r"unknown attention backend", "engine.attention_backend", "Leave it out to let vLLM choose"),
     (r"reasoning parser .* not found", "engine.reasoning_parser", "Choose one of those named"),
     (r"unknown quantization|config file for", "engine.quantization", "Leave it out: the model's own is used"),
+    (r"failed to import ray", "engine.distributed_executor_backend", "Install ray beside vLLM"),
+    (r"load format .* is not", "engine.load_format", "Leave it out to let vLLM choose"),
     (r"chat template string", "engine.chat_template", "Give a file that exists, or the template itself"),
 )
 
@@ -110,10 +117,14 @@ def _refusals(error: Exception, options: Collection[str]) -> Iterator[tuple[str,
     """Yield (path, message, hint) for each thing that one exception of vLLM's says."""
     items: Callable[..., list[dict[str, Any]]] | None = getattr(error, "errors", None)
     if items is None:
-        yield _one_refusal(str(error) or type(error).__name__, "", options)
+        # str() of a KeyError is its message in quotes.
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        yield _one_refusal(message or type(error).__name__, "", options)
         return
+    table = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(getattr(error, "title", ""))).lower()
+    prefix = f"{table}." if table in options else ""
     for item in items(include_url=False, include_input=True):
-        option = ".".join(map(str, item["loc"]))
+        option = prefix + ".".join(map(str, item["loc"]))
         message = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         if option and not isinstance(item.get("input"), dict):
             message = f"{message}, not {shown(item.get('input'))}"
@@ -130,14 +141,14 @@ def _one_refusal(message: str, option: str, options: Collection[str]) -> tuple[s
 
 def _shortened(message: str) -> str:
     """The first sentence says what is wrong; what follows is advice for a command line."""
-    return message.partition(". To allow overriding")[0]
+    return re.split(r"\. To allow overriding| Tried: ", message, maxsplit=1)[0]
 
 
 def _path_of(option: str, message: str, options: Collection[str]) -> str:
     """Return the option that a message is about: the one it names, else `engine` as a whole."""
-    if option in options:
+    if option.partition(".")[0] in options:
         return f"engine.{option}"
-    named = [word for word in re.findall(r"[a-z]\w+", message) if "_" in word and word in options]
+    named = [word for word in re.findall(r"[a-z]\w+", plain(message)) if "_" in word and word in options]
     if named:
         return f"engine.{named[0]}"
     return f"engine ({option})" if option else "engine"
@@ -150,9 +161,9 @@ def plain(message: str) -> str:
         lines = lines[1:]
     words = " ".join(filter(None, lines))
     words = re.sub(r"\s*\[type=\w+, input_value=.*?(?:input_type=\w+\])", "", words)
-    words = re.sub(r"^(?:Error: )?(?:Value error, )?", "", words.strip("'\" "))
+    words = re.sub(r"^(?:Error: )?(?:Value error, )?", "", words)
     words = re.sub(r"(?<!\w)--([a-z][\w-]+)", lambda flag: flag.group(1).replace("-", "_"), words)
-    return words if len(words) <= 400 else f"{words[:397]}..."
+    return words if len(words) <= 300 else f"{words[:300].rpartition(' ')[0].rstrip(',')} ..."
 
 
 def shown(value: object) -> str:

@@ -16,6 +16,8 @@ from vllm.engine.protocol import EngineClient
 from vllm.exceptions import GenerationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from llm_serve import passage
+
 
 class EngineRestarted(GenerationError):
     """An answer was cut because its engine ended. The request may be sent again."""
@@ -94,7 +96,7 @@ class Survivor(EngineClient):
         return self._run(lambda llm, name: llm.encode(prompt, pooling_params, name, *rest, **options), request_id)
 
     async def _run(self, ask: Callable[[Any, str], AsyncGenerator[Any, None]], request_id: str) -> AsyncGenerator[Any, None]:
-        attempt = 0
+        attempt, journey = 0, passage.here()
         while True:
             llm, epoch = await self._engine(), self.epoch
             is_delivered = False
@@ -108,10 +110,12 @@ class Survivor(EngineClient):
             except EngineDeadError as error:
                 self._lost(epoch)
                 if is_delivered:
+                    journey.is_interrupted = True
                     raise EngineRestarted("the engine died during this answer") from error
-                attempt += 1
+                attempt = journey.replays = attempt + 1
             except Exception as error:
                 if self._ended is not None:
+                    journey.is_interrupted = True
                     raise self._ended from error
                 raise
 

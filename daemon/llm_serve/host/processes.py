@@ -37,11 +37,14 @@ def shared_memory_of(processes: Iterable[psutil.Process]) -> frozenset[Path]:
     return frozenset(found)
 
 
-def unlink_all(paths: Iterable[Path]) -> None:
-    """Remove files that may be gone already."""
+def unlink_all(paths: Iterable[Path]) -> list[Path]:
+    """Remove files that may be gone already. Returns those that were still there."""
+    removed = []
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()
+            removed.append(path)
+    return removed
 
 
 async def kill_all(processes: Iterable[psutil.Process], *, timeout_s: float) -> list[psutil.Process]:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_serve import metrics
+from llm_serve import metrics, passage
 from llm_serve.host.logs import get_logger
 from llm_serve.web.errors import error_response
 
@@ -170,8 +170,13 @@ class Gate:
 
     async def _pass(self, scope: Scope, receive: Receive, answer: _Answer) -> str:
         assert self.model is not None, "the gate was opened without a model"
-        await self.model(scope, receive, answer)
-        return "completed" if answer.is_complete else "aborted"
+        journey = passage.Passage()
+        token = passage.current.set(journey)
+        try:
+            await self.model(scope, receive, answer)
+        finally:
+            passage.current.reset(token)
+        return journey.outcome(is_complete=answer.is_complete)
 
 
 class _Answer:
