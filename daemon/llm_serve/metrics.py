@@ -18,12 +18,16 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _RECOVERY_BUCKETS_S = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 300, 600, 1800)
 OUTCOMES = ("completed", "replayed", "resumed", "interrupted", "rejected", "poisoned", "aborted")
 
-prometheus_client.disable_created_metrics()
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 engine_starts = Counter("llm_serve_engine_starts", "Engine starts by reason: start, or the failure before.", ["reason"])
-engine_failures = Counter("llm_serve_engine_failures", "Engines that died or did not start, by kind of failure.", ["kind"])
+engine_failures = Counter(
+    "llm_serve_engine_failures", "Engines that died or did not start, by kind of failure.", ["kind"]
+)
 recovery_seconds = Histogram(
-    "llm_serve_recovery_seconds", "From the failure of an engine to the first token of the next.", buckets=_RECOVERY_BUCKETS_S
+    "llm_serve_recovery_seconds",
+    "From the failure of an engine to the first token of the next.",
+    buckets=_RECOVERY_BUCKETS_S,
 )
 requests_held = Gauge("llm_serve_requests_held", "Requests that wait for an engine.")
 requests = Counter("llm_serve_requests", "Requests for the model by how they ended.", ["outcome"])
@@ -40,17 +44,25 @@ class SnapshotCollector:
     def collect(self) -> Iterator[Metric]:
         """The families for one scrape."""
         now = self._snapshot()
-        info = GaugeMetricFamily("llm_serve_info", "What runs here; always 1.", labels=["version", "vllm_version", "model"])
+        info = GaugeMetricFamily(
+            "llm_serve_info", "What runs here; always 1.", labels=["version", "vllm_version", "model"]
+        )
         info.add_metric([now.version, now.vllm_version, now.model], 1)
         yield info
-        state = GaugeMetricFamily("llm_serve_state", "1 for the state that the instance is in, 0 for others.", labels=["state"])
+        state = GaugeMetricFamily(
+            "llm_serve_state", "1 for the state that the instance is in, 0 for others.", labels=["state"]
+        )
         for each in State:
             state.add_metric([each.value], float(each.value == now.state))
         yield state
         yield _gauge("llm_serve_rung", "Steps below the plan that the file asks for.", now.rung)
         yield from _optional("llm_serve_plan_max_model_len", "Longest request in tokens.", now.max_model_len)
         yield from _optional("llm_serve_plan_max_num_seqs", "Most requests in one engine step.", now.max_num_seqs)
-        yield _gauge("llm_serve_start_progress_ratio", "How far the engine's start has come; 1 when it serves.", now.progress)
+        yield _gauge(
+            "llm_serve_start_progress_ratio",
+            "How far the engine's start has come; 1 when it serves.",
+            now.progress,
+        )
         yield _gauge("llm_serve_process_uptime_seconds", "Seconds since the daemon started.", now.uptime_s)
 
 

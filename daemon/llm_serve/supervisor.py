@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -22,7 +21,7 @@ from llm_serve.core.progress import SERVING, Phase
 from llm_serve.core.settings import Settings
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.evidence import Collector
-from llm_serve.engine.factory import Engine, EngineStartFailed, Factory
+from llm_serve.engine.factory import Engine, Factory, StartError
 from llm_serve.host import boot, processes
 from llm_serve.host.logs import get_logger
 from llm_serve.host.systemd import Notifier
@@ -36,10 +35,9 @@ _WAITING = Phase("waiting", 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """What is served: the file, as values and as text, and the routes that it opens."""
+    """What is served: the file's values, the plan made of them, and the routes that are open."""
 
     settings: Settings
-    text: str
     plan: EnginePlan
     routes: frozenset[tuple[str, str]]
 
@@ -149,7 +147,14 @@ class Supervisor:
             metrics.engine_failures.labels(event.failure.kind.value).inc()
             self._failed_at = self._failed_at or time.monotonic()
             failure = event.failure
-            get_logger().error("engine failed", kind=failure.kind.value, failure=failure.detail, advice=failure.advice, state=now.state.value, epoch=event.epoch)
+            get_logger().error(
+                "engine failed",
+                kind=failure.kind.value,
+                failure=failure.detail,
+                advice=failure.advice,
+                state=now.state.value,
+                epoch=event.epoch,
+            )
         if now.state is not before.state:
             get_logger().info(f"{before.state} -> {now.state}", state=now.state.value, why=now.why, epoch=now.epoch)
         self._notifier.status(self.snapshot().line)
@@ -187,21 +192,17 @@ class Supervisor:
 
     # Engines.
     async def _build(self, epoch: int) -> None:
-        settings = self._instance.settings
         try:
-            self._engine = await self._factory.build(
-                self._instance.plan,
-                epoch,
-                source=settings.source,
-                text=self._instance.text,
-                timeout_s=settings.recovery.start_timeout_s,
-            )
+            timeout_s = self._instance.settings.recovery.start_timeout_s
+            self._engine = await self._factory.build(self._instance.plan, epoch, timeout_s=timeout_s)
             await self._bind(self._engine)
         except ConfigError as error:
             self._fail(epoch, Failure(Kind.configuration, str(error)))
-        except EngineStartFailed as error:
+        except HostError as error:
+            self._fail(epoch, Failure(Kind.host_limit, str(error)))
+        except StartError as error:
             self._fail(epoch, classify(error.evidence), error.evidence)
-        except Exception as error:  # the engine runs, but vLLM's handlers do not take it
+        except Exception as error:  # noqa: BLE001 - the engine runs, but vLLM's handlers do not take it
             get_logger().error("binding the engine failed", exc_info=error)
             if self._engine is not None:
                 engine, self._engine = self._engine, None
@@ -227,8 +228,6 @@ class Supervisor:
             "max_model_len": config.model_config.max_model_len,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
         }
-        gc.collect()
-        gc.freeze()  # what a start leaves behind lives long: looking through it again costs every collection
         self._survivor.bind(engine.llm, engine.epoch)
 
     def _fail(self, epoch: int, failure: Failure, evidence: Evidence | None = None) -> None:
@@ -274,7 +273,7 @@ class Supervisor:
         timeout_s = self._instance.settings.server.drain_timeout_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while gate.in_flight:
+                while gate.in_flight:  # noqa: ASYNC110 - once in a life, and the counter stays a plain number
                     await asyncio.sleep(0.05)
         if gate.in_flight:
             get_logger().warning("drain deadline passed", seconds=timeout_s, in_flight=gate.in_flight)

@@ -25,20 +25,26 @@ async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
     from llm_serve.core.plan import EnginePlan
     from llm_serve.engine import forkserver, relay
     from llm_serve.engine.evidence import Collector
-    from llm_serve.engine.factory import Factory
+    from llm_serve.engine.factory import Factory, Origin
 
-    arguments = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 16, "enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
+    arguments = {
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 512 << 20,
+    }
     plan = EnginePlan(model, arguments, {})
     with tempfile.TemporaryDirectory() as folder:
         receiver = relay.Receiver(Path(folder), lambda value: None, lambda line: None)
-        factory = Factory(Path(folder), Collector(), receiver, "WARNING")
+        factory = Factory(Path(folder), Collector(), receiver, Origin("bench"))
         if way == "spawn":
             forkserver.install = lambda: None
         factory.prepare(plan, ["LlamaForCausalLM"])
-        first = await factory.build(plan, 1, source="", text=None, timeout_s=600)
+        first = await factory.build(plan, 1, timeout_s=600)
         await factory.stop(first)
         began = time.perf_counter()
-        engine = await factory.build(plan, 2, source="", text=None, timeout_s=600)
+        engine = await factory.build(plan, 2, timeout_s=600)
         built = time.perf_counter() - began
         await _decode(engine.llm, 1, 32)
         one, eight = await _decode(engine.llm, 1, 200), await _decode(engine.llm, 8, 100)
@@ -75,7 +81,9 @@ def main() -> None:
     seen: dict[str, list[list[float]]] = {"fork server": [], "spawn": []}
     for number in range(given.rounds):
         for way in list(seen)[:: 1 if number % 2 == 0 else -1]:
-            out = subprocess.run([sys.executable, __file__, given.model, "--way", way], capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(
+                [sys.executable, __file__, given.model, "--way", way], capture_output=True, text=True, check=True
+            ).stdout
             line = next(line for line in out.splitlines() if line.startswith("FIGURES"))
             seen[way].append([float(word) for word in line.split()[1:]])
             print(f"round {number + 1} {way}: {seen[way][-1]}", flush=True)

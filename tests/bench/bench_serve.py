@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import tempfile
 import threading
@@ -35,7 +36,9 @@ def measure(start: Callable[..., Any], model: Path, cache: Path, *, is_ours: boo
         asyncio.run(load.run(running.url, servers.MODEL_NAME, streams=4, requests=8, tokens=_TOKENS))
         for streams in _STREAMS:
             count = _REQUESTS_PER_STREAM[streams] * streams
-            seen = asyncio.run(load.run(running.url, servers.MODEL_NAME, streams=streams, requests=count, tokens=_TOKENS))
+            seen = asyncio.run(
+                load.run(running.url, servers.MODEL_NAME, streams=streams, requests=count, tokens=_TOKENS)
+            )
             assert not seen.errors, f"{seen.errors} of {count} requests failed"
             figures[f"requests_per_s@{streams}"] = seen.per_second
             figures[f"ttft_p50_ms@{streams}"] = load.percentile(seen.first_token_s, 0.50) * 1000
@@ -100,7 +103,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    cache = Path(tempfile.mkdtemp(prefix="llm-serve-bench-"))
+    # What vLLM's server leaves among the temporary files goes with this folder.
+    folder = tempfile.TemporaryDirectory(prefix="llm-serve-bench-")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    cache = Path(folder.name) / "cache"
     kinds = {"llm-serve": servers.llm_serve, "vLLM": servers.vllm_server}
     rounds: dict[str, list[Figures]] = {name: [] for name in kinds}
     cold: dict[str, float] = {}
@@ -112,13 +118,18 @@ def main() -> None:
             rounds[name].append(measure(start, given.model, cache, is_ours=name == "llm-serve"))
             print(f"round {number + 1} {name} {time.strftime('%H:%M:%S')}: {rounds[name][-1]}", flush=True)
     loading = while_loading(given.model, cache)
-    ours, theirs = ({key: statistics.median(each[key] for each in rounds[name]) for key in rounds[name][0]} for name in kinds)
+    ours, theirs = (
+        {key: statistics.median(each[key] for each in rounds[name]) for key in rounds[name][0]} for name in kinds
+    )
     ours["cold_start_to_first_token_s"], theirs["cold_start_to_first_token_s"] = cold["llm-serve"], cold["vLLM"]
     ours |= loading
     print(f"\n{'figure':34} {'llm-serve':>10} {'vLLM':>10} {'ratio':>7}")
     for key, value in ours.items():
         other = theirs.get(key)
-        print(f"{key:34} {value:10.2f} " + (f"{other:10.2f} {value / other if other else 0:7.3f}" if other is not None else ""))
+        print(
+            f"{key:34} {value:10.2f} "
+            + (f"{other:10.2f} {value / other if other else 0:7.3f}" if other is not None else "")
+        )
     if given.json:
         given.json.write_text(json.dumps({"llm-serve": ours, "vLLM": theirs, "rounds": rounds}, indent=2))
 

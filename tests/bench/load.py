@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 import aiohttp
 
-_PROMPTS = ("Once upon a time", "The sea was", "In the year 1900", "A good engineer", "My favourite food is", "Rain fell on")
+_PROMPTS = (
+    "Once upon a time",
+    "The sea was",
+    "In the year 1900",
+    "A good engineer",
+    "My favourite food is",
+    "Rain fell on",
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,14 @@ async def run(url: str, model: str, *, streams: int, requests: int, tokens: int)
 
 async def _one(session: aiohttp.ClientSession, url: str, model: str, number: int, tokens: int) -> float | None:
     prompt = f"{_PROMPTS[number % len(_PROMPTS)]} ({number})"
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 0,
+    }
     began, first, chunks = time.perf_counter(), None, 0
     async with session.post(f"{url}/v1/completions", json=body) as response:
         if response.status != 200:

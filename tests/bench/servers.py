@@ -68,7 +68,9 @@ def llm_serve(model: Path, cache: Path) -> Iterator[Running]:
 def vllm_server(model: Path, cache: Path) -> Iterator[Running]:
     """vLLM's own API server."""
     port = _free_port()
-    options = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in ARGUMENTS.items()]
+    options = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in ARGUMENTS.items()
+    ]
     where = [f"--model={model}", f"--served-model-name={MODEL_NAME}", "--host=127.0.0.1", f"--port={port}"]
     quiet = ["--disable-uvicorn-access-log"]
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *where, *quiet, *options]
@@ -78,7 +80,9 @@ def vllm_server(model: Path, cache: Path) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def _started(command: list[str], port: int, cache: Path, more: dict[str, str]) -> Iterator[Running]:
-    environment = os.environ | {"VLLM_CACHE_ROOT": str(cache), "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"} | more
+    environment = (
+        os.environ | {"VLLM_CACHE_ROOT": str(cache), "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"} | more
+    )
     log = Path(tempfile.gettempdir()) / f"bench-server-{port}.log"
     began = time.perf_counter()
     with log.open("wb") as sink:

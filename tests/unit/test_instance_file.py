@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import string
 import tomllib
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from llm_serve.core.errors import ConfigError
 from llm_serve.core.instance_file import check_exposure, locate, parse_instance
 from llm_serve.core.settings import Settings
 from llm_serve.core.toml_lines import key_lines
+
+CONFIG_FOLDER = Path(__file__).parents[2] / "config"
 
 EXAMPLE = """\
 model = "Qwen/Qwen2.5-7B-Instruct"        # hub id or folder
@@ -65,10 +69,18 @@ def test_the_example_of_the_manual_is_accepted() -> None:
     """The file that the manual shows is a good one, and its values arrive."""
     settings = parse(EXAMPLE)
 
-    assert "Qwen/Qwen2.5-7B-Instruct" == settings.model
-    assert {"max_model_len": 16384, "max_num_seqs": 256, "gpu_memory_utilization": 0.9} == settings.engine
-    assert (0,) == settings.gpu.devices
-    assert "/etc/llm-serve/qwen7b.keys" == settings.server.api_keys
+    assert settings.model == "Qwen/Qwen2.5-7B-Instruct"
+    assert settings.engine == {"max_model_len": 16384, "max_num_seqs": 256, "gpu_memory_utilization": 0.9}
+    assert settings.gpu.devices == (0,)
+    assert settings.server.api_keys == "/etc/llm-serve/qwen7b.keys"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_file_that_is_shipped_is_accepted(path: Path) -> None:
+    """Nobody starts from an example that is refused."""
+    settings = parse_instance(path.read_text(), source=str(path), name=path.stem)
+
+    assert settings.model
 
 
 def test_a_model_is_all_that_is_needed() -> None:
@@ -76,7 +88,7 @@ def test_a_model_is_all_that_is_needed() -> None:
     settings = parse('model = "m"')
 
     assert settings.server.listen_on.is_loopback
-    assert ({}, {}) == (settings.engine, settings.engine_env)
+    assert (settings.engine, settings.engine_env) == ({}, {})
 
 
 def test_an_unknown_option_names_the_nearest_known_one_and_its_line() -> None:
@@ -159,7 +171,7 @@ def test_hyphens_and_underscores_are_alike() -> None:
     """Options copied from a command line are understood."""
     settings = parse('model = "m"\n[server]\nmax-queued = 5\n[engine]\nmax-num-seqs = 6\n')
 
-    assert (5, {"max_num_seqs": 6}) == (settings.server.max_queued, settings.engine)
+    assert (settings.server.max_queued, settings.engine) == (5, {"max_num_seqs": 6})
 
 
 def test_an_option_written_in_both_spellings_is_refused_at_the_second() -> None:
@@ -173,21 +185,21 @@ def test_hyphens_inside_values_of_the_engine_are_kept() -> None:
     """Only the names of options are normalised, never what is passed on."""
     settings = parse('model = "m"\n[engine]\nhf-overrides = { "rope-type" = "x-y" }\n')
 
-    assert {"hf_overrides": {"rope-type": "x-y"}} == settings.engine
+    assert settings.engine == {"hf_overrides": {"rope-type": "x-y"}}
 
 
 def test_the_order_of_tables_does_not_matter() -> None:
     """engine.env before engine, and a dotted table before its parent, mean the same."""
     settings = parse('model = "m"\n[engine.env]\nA = "1"\n[gpu]\n[engine]\nseed = 1\n')
 
-    assert ({"seed": 1}, {"A": "1"}) == (settings.engine, settings.engine_env)
+    assert (settings.engine, settings.engine_env) == ({"seed": 1}, {"A": "1"})
 
 
 def test_environment_values_become_text() -> None:
     """Numbers may stand without quotes."""
     settings = parse('model = "m"\n[engine.env]\nOMP_NUM_THREADS = 4\nHF_HOME = "/x"\nR = 0.5\n')
 
-    assert {"OMP_NUM_THREADS": "4", "HF_HOME": "/x", "R": "0.5"} == settings.engine_env
+    assert settings.engine_env == {"OMP_NUM_THREADS": "4", "HF_HOME": "/x", "R": "0.5"}
 
 
 @pytest.mark.parametrize(
@@ -231,31 +243,32 @@ def test_devices_are_named_in_one_place_only() -> None:
 
 def test_a_drain_over_budget_is_refused_with_the_sum() -> None:
     """Both numbers and what to write stand in the message."""
-    assert problems('model = "m"\n[server]\ndrain_timeout_s = 301\n') == [
+    (problem,) = problems('model = "m"\n[server]\ndrain_timeout_s = 301\n')
+
+    assert problem == (
         "a.toml:3: server.drain_timeout_s: 301 s drain + 15 s kill + 15 s margin = 331 s, "
         "more than the unit's TimeoutStopSec of 330 s. Set it to 300 or less"
-    ]
+    )
 
 
 def test_a_floor_above_the_wish_is_refused_only_when_it_is_written() -> None:
     """A small model_len does not have to lower a floor that nobody wrote."""
-    assert parse('model = "m"\n[engine]\nmax_model_len = 512\n')
+    assert parse('model = "m"\n[engine]\nmax_model_len = 512\n').engine
 
-    (problem,) = problems(
-        'model = "m"\n[engine]\nmax_model_len = 512\n[recovery]\nfloor_max_model_len = 1024\n'
-    )
+    (problem,) = problems('model = "m"\n[engine]\nmax_model_len = 512\n[recovery]\nfloor_max_model_len = 1024\n')
 
     assert problem.startswith("a.toml:5: recovery.floor_max_model_len: the floor of 1024")
 
 
 def test_more_processes_than_devices_are_refused_with_the_product() -> None:
     """Parallel sizes have to fit on the devices that are named."""
-    text = 'model = "m"\n[engine]\ntensor_parallel_size = 2\npipeline_parallel_size = 2\n[gpu]\ndevices = [0, 1]\n'
+    sizes = "tensor_parallel_size = 2\npipeline_parallel_size = 2\n"
+    text = f'model = "m"\n[engine]\n{sizes}[gpu]\ndevices = [0, 1]\n'
 
     (problem,) = problems(text)
 
     assert "tensor_parallel_size 2 x pipeline_parallel_size 2 = 4 GPUs, but devices names 2" in problem
-    assert parse(text.replace("pipe", 'distributed_executor_backend = "ray"\npipe'))
+    assert parse(text.replace("pipe", 'distributed_executor_backend = "ray"\npipe')).engine
 
 
 def test_only_one_front_end_is_possible_and_the_message_says_so() -> None:
@@ -276,7 +289,7 @@ def test_engine_values_that_vllm_cannot_be_given_are_refused(value: str) -> None
 def test_a_table_where_a_value_belongs_is_refused() -> None:
     """`[server.listen]` and `server = 3` are wrong types, not crashes."""
     assert "must be text" in problems('model = "m"\n[server.listen]\n')[0]
-    assert "must be a table" in problems('model = "m"\nserver = 3\n')[1 - 1]
+    assert "must be a table" in problems('model = "m"\nserver = 3\n')[0]
     assert "must be a table" in problems('model = "m"\n[[server]]\n')[0]
     assert "must be a table" in problems('model = "m"\nengine = [1]\n')[0]
     assert "must be a table" in problems('model = "m"\n[engine]\nenv = "A=1"\n')[0]
@@ -296,6 +309,16 @@ def test_a_server_open_to_the_network_needs_keys(listen: str, has_keys: bool, is
     problem = check_exposure(parse(f'model = "m"\n[server]\nlisten = "{listen}"\n'), has_keys)
 
     assert is_problem is (problem is not None)
+
+
+def test_the_problem_of_an_open_server_has_its_line() -> None:
+    """With the text at hand, the address is found in it."""
+    text = 'model = "m"\n[server]\nlisten = "0.0.0.0:1"\n'
+
+    problem = check_exposure(parse(text), False, text)
+
+    assert problem is not None
+    assert problem.line == 3
 
 
 def test_lines_are_found_in_every_form_of_toml() -> None:
@@ -392,17 +415,13 @@ def test_each_key_is_found_on_the_line_it_was_written_on(
 @given(st.text(st.sampled_from("ab\"'\\#=[]{},\n .\r\t0"), max_size=40))
 def test_no_text_makes_the_reader_fail_otherwise_than_with_a_config_error(text: str) -> None:
     """Any text is settings or a refusal, and finding lines in it always ends."""
-    try:
+    with suppress(ConfigError):
         parse(text)
-    except ConfigError as error:
-        assert error.problems
     locate(text, "a.b")
 
 
 @given(st.lists(st.sampled_from("-_"), min_size=2, max_size=2), st.data())
-def test_any_mix_of_hyphens_and_underscores_names_the_same_option(
-    marks: list[str], data: st.DataObject
-) -> None:
+def test_any_mix_of_hyphens_and_underscores_names_the_same_option(marks: list[str], data: st.DataObject) -> None:
     """drain-timeout_s is drain_timeout_s, in the file and when it is located."""
     key = f"drain{marks[0]}timeout{marks[1]}s"
     value = data.draw(st.integers(0, 300))

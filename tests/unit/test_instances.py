@@ -53,9 +53,9 @@ def test_a_name_is_a_file_in_the_directory(directory: Path) -> None:
     """NAME is DIRECTORY/NAME.toml, and the instance bears the name."""
     settings, text = read_instance("qwen7b", directory)
 
-    assert ("qwen7b", "qwen7b-model") == (settings.name, settings.model)
+    assert (settings.name, settings.model) == ("qwen7b", "qwen7b-model")
     assert str(directory / "qwen7b.toml") == settings.source
-    assert 'model = "qwen7b-model"\n' == text
+    assert text == 'model = "qwen7b-model"\n'
 
 
 @pytest.mark.parametrize("target", ["./x", "a/b", "x.toml", "/abs"])
@@ -92,7 +92,7 @@ def test_the_first_instance_of_a_machine_is_told_where_to_go(tmp_path: Path) -> 
 
 def test_only_instance_files_count_as_instances(directory: Path) -> None:
     """Names are those of the TOML files, in order."""
-    assert ("demo", "qwen7b") == instance_names(directory)
+    assert instance_names(directory) == ("demo", "qwen7b")
 
 
 def test_a_folder_is_not_a_file(directory: Path) -> None:
@@ -121,16 +121,14 @@ def test_an_unreadable_file_says_why(directory: Path, monkeypatch: pytest.Monkey
 
 def test_keys_are_one_a_line_without_comments_and_doubles(keys: Path) -> None:
     """Blank lines, comments, blanks around a key and repetitions do not count."""
-    assert ("first-key-0001", "second-key-0002") == read_api_keys(settings_with_keys(keys), {})
+    assert read_api_keys(settings_with_keys(keys), {}) == ("first-key-0001", "second-key-0002")
 
 
 def test_without_a_file_the_credential_of_systemd_is_read(tmp_path: Path) -> None:
     """Keys that systemd hands over need no option."""
     (tmp_path / "api-keys").write_text("credential-key\n")
 
-    assert ("credential-key",) == read_api_keys(
-        settings_with_keys(None), {"CREDENTIALS_DIRECTORY": str(tmp_path)}
-    )
+    assert read_api_keys(settings_with_keys(None), {"CREDENTIALS_DIRECTORY": str(tmp_path)}) == ("credential-key",)
 
 
 def test_the_file_that_is_named_wins_over_the_credential(keys: Path, tmp_path: Path) -> None:
@@ -138,13 +136,13 @@ def test_the_file_that_is_named_wins_over_the_credential(keys: Path, tmp_path: P
     (tmp_path / "api-keys").write_text("credential-key\n")
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
 
-    assert "first-key-0001" == read_api_keys(settings_with_keys(keys), environ)[0]
+    assert read_api_keys(settings_with_keys(keys), environ)[0] == "first-key-0001"
 
 
 def test_no_file_and_no_credential_are_no_keys(tmp_path: Path) -> None:
     """Having no keys is a choice, judged elsewhere."""
-    assert () == read_api_keys(settings_with_keys(None), {})
-    assert () == read_api_keys(settings_with_keys(None), {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert read_api_keys(settings_with_keys(None), {}) == ()
+    assert read_api_keys(settings_with_keys(None), {"CREDENTIALS_DIRECTORY": str(tmp_path)}) == ()
 
 
 def test_an_absent_file_of_keys_is_refused(tmp_path: Path) -> None:
@@ -166,7 +164,7 @@ def test_a_file_of_keys_that_everyone_reads_is_refused(keys: Path) -> None:
     assert f"chmod o-r {keys}" in key_refusal(keys)
 
 
-@pytest.mark.parametrize("bad", ["short", "with blank inside", "schlüssel-lang", "\x00binary-binary"])
+@pytest.mark.parametrize("bad", ["sh0rt", "with blank inside", "schlüssel-lang", "\x00binary-binary"])
 def test_a_bad_key_is_refused_by_its_line_and_never_shown(keys: Path, bad: str) -> None:
     """The message leads to the key without giving it away."""
     keys.write_text(f"good-key-0001\n{bad}\n")

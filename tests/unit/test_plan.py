@@ -25,8 +25,8 @@ def test_an_argument_is_replaced_in_a_copy() -> None:
     """A smaller plan leaves the plan it was made from as it is."""
     smaller = PLAN.replace_arguments(max_num_seqs=4, max_model_len=512)
 
-    assert (4, 512) == (smaller.arguments["max_num_seqs"], smaller.arguments["max_model_len"])
-    assert 8 == PLAN.arguments["max_num_seqs"]
+    assert (smaller.arguments["max_num_seqs"], smaller.arguments["max_model_len"]) == (4, 512)
+    assert PLAN.arguments["max_num_seqs"] == 8
     assert PLAN.env == smaller.env
 
 
@@ -41,7 +41,7 @@ def test_a_plan_cannot_be_changed() -> None:
     plan = EnginePlan("m", engine, {})
     engine["hf_overrides"]["a"] = 2
 
-    assert {"a": 1} == plan.arguments["hf_overrides"]
+    assert plan.arguments["hf_overrides"] == {"a": 1}
     with pytest.raises(TypeError):
         plan.arguments["x"] = 1  # type: ignore[index]
     with pytest.raises(AttributeError):
@@ -79,5 +79,5 @@ def test_numbers_of_tokens_are_no_secret() -> None:
     """max_num_batched_tokens is shown although its name speaks of tokens."""
     plan = EnginePlan("m", {"max_num_batched_tokens": 2048}, {"CUDA_VISIBLE_DEVICES": "0"})
 
-    assert "m max_num_batched_tokens=2048" == plan.summary()
-    assert {"CUDA_VISIBLE_DEVICES": "0"} == plan.to_json()["env"]
+    assert plan.summary() == "m max_num_batched_tokens=2048"
+    assert plan.to_json()["env"] == {"CUDA_VISIBLE_DEVICES": "0"}

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_serve.core.budgets import budgets
 from llm_serve.core.errors import ConfigError, HostError, Problem
-from llm_serve.core.instance_file import check_exposure, locate
+from llm_serve.core.instance_file import check_exposure
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.settings import Settings
 from llm_serve.host.instances import CONFIG_DIRECTORY, read_api_keys, read_instance
@@ -81,9 +81,9 @@ def _examine_keys(verdict: Verdict, text: str) -> None:
     if unseen is not None:
         verdict.notes.append(unseen)
         return
-    problem = check_exposure(settings, has_keys=bool(read_api_keys(settings)))
+    problem = check_exposure(settings, bool(read_api_keys(settings)), text)
     if problem is not None:
-        raise ConfigError([replace(problem, line=locate(text, problem.path))])
+        raise ConfigError([problem])
 
 
 def _keys_out_of_sight(settings: Settings) -> str | None:
@@ -103,6 +103,14 @@ def _keys_out_of_sight(settings: Settings) -> str | None:
 
 
 def _examine_engine(verdict: Verdict, text: str) -> None:
+    from llm_serve.engine.forkserver import environment
+
+    # As in a start: some variables of vLLM's and the hub's decide what is valid.
+    with environment(verdict.plan.env):
+        _examine_arguments(verdict, text)
+
+
+def _examine_arguments(verdict: Verdict, text: str) -> None:
     # Imports vLLM: seconds that a file with a wrong key should not take.
     from llm_serve.engine import arguments
     from llm_serve.engine.weights import looks_like_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from llm_serve.cli.run import report, serve
+from llm_serve.cli.run import Start, report, serve
 from llm_serve.core.errors import LlmServeError
 from llm_serve.core.instance_file import parse_instance
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
@@ -49,7 +49,7 @@ def demo(listen: str) -> int:
         settings = parse_instance(text, source="the built-in demo file", name="demo")
     except LlmServeError as error:
         return report(error, Silence())
-    return serve(settings, text, (), Silence(), on_ready)
+    return serve(Start(settings, text, (), Silence(), on_ready))
 
 
 def say(line: str) -> None:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llm_serve.core.errors import ConfigError, HostError, LlmServeError
+from llm_serve.core.errors import ConfigError, LlmServeError
 from llm_serve.core.instance_file import check_exposure
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.settings import Settings
+from llm_serve.engine import openai_routes
+from llm_serve.engine.openai_routes import Route
 from llm_serve.host import boot, listening, logs
 from llm_serve.host.instances import read_api_keys, read_instance
 from llm_serve.host.systemd import Notifier, notifier
+
+if TYPE_CHECKING:
+    # Half a second of FastAPI and uvicorn that a refused file need not wait for.
+    from llm_serve.engine.relay import Receiver
+    from llm_serve.supervisor import Supervisor
+    from llm_serve.web.gate import Asgi, Gate
 
 
 def run(target: str) -> int:
@@ -26,11 +37,11 @@ def run(target: str) -> int:
     try:
         settings, text = read_instance(target)
         keys = read_api_keys(settings, os.environ)
-        if (problem := check_exposure(settings, bool(keys))) is not None:
+        if (problem := check_exposure(settings, bool(keys), text)) is not None:
             raise ConfigError((problem,))
     except LlmServeError as error:
         return report(error, manager)
-    return serve(settings, text, keys, manager)
+    return serve(Start(settings, text, keys, manager))
 
 
 def report(error: LlmServeError, manager: Notifier) -> int:
@@ -41,24 +52,29 @@ def report(error: LlmServeError, manager: Notifier) -> int:
     return error.exit_status
 
 
-def serve(
-    settings: Settings,
-    text: str,
-    keys: tuple[str, ...],
-    manager: Notifier,
-    on_ready: Callable[[], None] = lambda: None,
-) -> int:
-    """Bind the sockets, then serve. Ends the process's threads with it: a start that hangs must not keep it alive."""
+@dataclass(frozen=True)
+class Start:
+    """What one life of the daemon begins with. `on_ready` is called each time an engine begins to serve."""
+
+    settings: Settings
+    text: str
+    keys: tuple[str, ...]
+    manager: Notifier
+    on_ready: Callable[[], None] = lambda: None
+
+
+def serve(start: Start) -> int:
+    """Bind the sockets, then serve. Ends the whole process when that is over."""
+    settings = start.settings
     logs.set_up(settings.name, level=settings.log.level, output_format=settings.log.format)
     try:
         runtime = boot.runtime_folder(settings.name, os.environ)
-        listener = listening.open_listener(settings, manager)
+        listener = listening.open_listener(settings, start.manager)
         control = listening.open_control(runtime / "control.sock")
-    except (LlmServeError, OSError) as error:
-        wrapped = error if isinstance(error, LlmServeError) else HostError(str(error))
-        return report(wrapped, manager)
+    except LlmServeError as error:
+        return report(error, start.manager)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        status = runner.run(_serve(settings, text, keys, manager, runtime, (listener, control), on_ready))
+        status = runner.run(_serve(start, runtime, listener, control))
         sys.stdout.flush()
         sys.stderr.flush()
         # A thread inside vLLM may never return; nothing of the engine is left, so nothing is waited for.
@@ -67,30 +83,43 @@ def serve(
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     with contextlib.suppress(ImportError):
-        import uvloop
-
-        return uvloop.new_event_loop
+        uvloop: Any = importlib.import_module("uvloop")
+        factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+        return factory
     return None
 
 
-async def _serve(
-    settings: Settings,
-    text: str,
-    keys: tuple[str, ...],
-    manager: Notifier,
-    runtime: Path,
-    sockets: tuple[socket.socket, socket.socket],
-    on_ready: Callable[[], None],
-) -> int:
+async def _serve(start: Start, runtime: Path, listener: socket.socket, control: socket.socket) -> int:
+    """Put the parts together, run them, and take them down again."""
     from prometheus_client import REGISTRY
 
     from llm_serve import metrics
-    from llm_serve.engine import architectures, evidence, factory, openai_routes, relay
-    from llm_serve.supervisor import Instance, Supervisor
-    from llm_serve.web import gate, operations
+    from llm_serve.engine import architectures, factory
+    from llm_serve.web import operations
     from llm_serve.web.server import Server
 
     factory.remove_leftovers(runtime)
+    supervisor, receiver = _supervisor(start, runtime)
+    REGISTRY.register(metrics.SnapshotCollector(supervisor.snapshot))
+    inside = operations.create(supervisor.snapshot, _model_names(start.settings))
+    supervisor.gate = _gate(start, inside)
+    servers = [Server(supervisor.gate, listener), Server(inside, control)]
+    for server in servers:
+        await server.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, supervisor.request_stop)
+    try:
+        return await supervisor.run(architectures.named_by(start.settings.model))
+    finally:
+        await asyncio.gather(*(server.stop() for server in servers))
+        receiver.close()
+        (runtime / "control.sock").unlink(missing_ok=True)
+
+
+def _supervisor(start: Start, runtime: Path) -> tuple[Supervisor, Receiver]:
+    from llm_serve.engine import evidence, factory, relay
+    from llm_serve.supervisor import Instance, Supervisor
+
     collector = evidence.Collector()
 
     def on_record(value: relay.Record) -> None:
@@ -102,29 +131,30 @@ async def _serve(
         logs.get_logger().info(line, vllm_process="output")
 
     receiver = relay.Receiver(runtime, on_record, on_output)
-    routes = openai_routes.allowed(anthropic_messages=settings.server.anthropic_messages)
-    instance = Instance(settings, text, EnginePlan.from_settings(settings), routes)
-    engines = factory.Factory(runtime, collector, receiver, settings.log.level.upper())
-    supervisor = Supervisor(instance, manager, engines, collector, on_ready)
-    names = tuple(instance.plan.arguments.get("served_model_name") or (settings.model,))
-    inside = operations.create(supervisor.snapshot, names)
-    supervisor.gate = gate.Gate(
-        keys=gate.Keys(keys),
-        limits=gate.Limits(settings.server.max_queued, settings.server.hold_timeout_s),
-        routes=routes,
-        operations=inside,
-        open_metrics=settings.server.open_metrics,
+    origin = factory.Origin(start.settings.source, start.text)
+    engines = factory.Factory(runtime, collector, receiver, origin)
+    instance = Instance(start.settings, EnginePlan.from_settings(start.settings), _routes(start.settings))
+    return Supervisor(instance, start.manager, engines, collector, start.on_ready), receiver
+
+
+def _gate(start: Start, operations: Asgi) -> Gate:
+    from llm_serve.web.gate import Gate, Keys, Limits
+
+    server = start.settings.server
+    return Gate(
+        keys=Keys(start.keys),
+        limits=Limits(server.max_queued, server.hold_timeout_s),
+        routes=_routes(start.settings),
+        operations=operations,
+        open_metrics=server.open_metrics,
     )
-    REGISTRY.register(metrics.SnapshotCollector(supervisor.snapshot))
-    servers = [Server(supervisor.gate, sockets[0]), Server(inside, sockets[1])]
-    for server in servers:
-        await server.start()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, supervisor.request_stop)
-    try:
-        return await supervisor.run(architectures.named_by(settings.model))
-    finally:
-        await asyncio.gather(*(server.stop() for server in servers))
-        receiver.close()
-        (runtime / "control.sock").unlink(missing_ok=True)
+
+
+def _routes(settings: Settings) -> frozenset[Route]:
+    return openai_routes.allowed(anthropic_messages=settings.server.anthropic_messages)
+
+
+def _model_names(settings: Settings) -> tuple[str, ...]:
+    """The names that vLLM will give the model: a list, or one, or the model itself."""
+    names = settings.engine.get("served_model_name") or settings.model
+    return (names,) if isinstance(names, str) else tuple(names)

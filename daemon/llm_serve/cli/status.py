@@ -76,7 +76,8 @@ def _print_one(now: dict[str, Any]) -> None:
     rows = {
         "model": now["model"],
         "listens on": now["listen"],
-        "engine": f"start {now['engine_starts']}, rung {now['rung']}, vLLM {now['vllm_version']}, pids {now['engine_pids']}",
+        "engine": f"start {now['engine_starts']}, rung {now['rung']}, "
+        f"vLLM {now['vllm_version']}, pids {now['engine_pids']}",
         "plan": f"max_model_len {now['max_model_len']}, max_num_seqs {now['max_num_seqs']}",
         "requests": f"{now['requests_in_flight']} in flight, {now['requests_held']} held",
         "start": f"{now['phase']} ({now['progress']:.0%})",

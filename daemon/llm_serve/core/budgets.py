@@ -91,8 +91,9 @@ def budgets(settings: Settings) -> tuple[str, ...]:
     limit, window = settings.recovery.restart_limit, settings.recovery.restart_window_s
     stop = drain + KILL_S
     starts = limit * UNIT_START_LIMIT_BURST
+    every = f"{limit} in {seconds(window)}"
     return (
-        f"a stop: {seconds(drain)} drain + {KILL_S} s kill = {seconds(stop)} of {UNIT_STOP_TIMEOUT_S} s at most",
-        f"a request: {seconds(hold)} wait for an engine + its own run at most",
-        f"engine starts: {limit} in {seconds(window)} x {UNIT_START_LIMIT_BURST} by systemd = {starts} at most",
+        f"a stop: {seconds(drain)} drain + {KILL_S} s kill = {seconds(stop)} of {UNIT_STOP_TIMEOUT_S} s",
+        f"a request: {seconds(hold)} wait for an engine + its own run",
+        f"engine starts: {every} x {UNIT_START_LIMIT_BURST} by systemd = {starts}, then it stays failed",
     )

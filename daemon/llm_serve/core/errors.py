@@ -66,5 +66,5 @@ class EngineStartError(LlmServeError):
     """One start of the engine failed; what follows is decided by the recovery rules."""
 
 
-class GaveUp(LlmServeError):
+class GaveUp(LlmServeError):  # noqa: N818 - the end of a policy, said as it is; no single error
     """The restart limit is spent: nothing more is tried in this process."""

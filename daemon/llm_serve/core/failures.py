@@ -1,7 +1,8 @@
 """What a failed engine left behind, and what it means: one total table from Evidence to Failure.
 
-The order is that of certainty. A worker's own exception comes before EngineCore's wrapper of it, and both before
-the parent's "Engine core initialization failed". What no row knows is `unknown`, which is tried again.
+The order is that of certainty. A worker's own exception comes before EngineCore's wrapper of it, and both
+before the parent's "Engine core initialization failed". What the daemon's own process logged comes last, and
+no row is asked about it: a client's bad request leaves exceptions there too. What no row knows is retried.
 """
 
 from __future__ import annotations
@@ -77,25 +78,29 @@ def _row(pattern: str, kind: Kind, advice: str) -> _Row:
 
 
 _TEXTS = (
-    _row(r"MetadataIncompleteBuffer|incomplete metadata|HeaderTooLarge|InvalidHeader|unpack requires a buffer", Kind.weights,
-         "A weight file is cut short or is not a safetensors file: download it again."),
-    _row(r"Cannot find any model weights|Weight files referenced in index but missing|not initialized from checkpoint",
+    _row(r"MetadataIncompleteBuffer|incomplete metadata|HeaderTooLarge|InvalidHeader|"
+         r"unpack requires a buffer",
+         Kind.weights, "A weight file is cut short or is not a safetensors file: download it again."),
+    _row(r"Cannot find any model weights|Weight files referenced in index but missing|"
+         r"not initialized from checkpoint",
          Kind.weights, "The model folder lacks weight files: download the model again."),
-    _row(r"estimated maximum model length is|No available memory for the cache blocks|KV cache is needed", Kind.out_of_memory,
-         "Lower engine.max_model_len or raise engine.gpu_memory_utilization."),
-    _row(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED|cannot allocate memory", Kind.out_of_memory,
+    _row(r"estimated maximum model length is|No available memory for the cache blocks|KV cache is needed",
+         Kind.out_of_memory, "Lower engine.max_model_len or raise engine.gpu_memory_utilization."),
+    _row(r"OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED|cannot allocate memory",
+         Kind.out_of_memory,
          "Lower engine.max_num_seqs, engine.max_model_len or engine.gpu_memory_utilization."),
     _row(r"Free memory on device|Available memory on node", Kind.out_of_memory,
          "Another process holds the memory, or engine.gpu_memory_utilization asks for too much."),
-    _row(r"No space left on device|Errno 28", Kind.host_limit, "Free space on the disk that holds the caches."),
+    _row(r"No space left on device|Errno 28", Kind.host_limit,
+         "Free space on the disk that holds the caches."),
     _row(r"Too many open files|Errno 24", Kind.host_limit, "Raise LimitNOFILE."),
     _row(r"Insufficient space in /dev/shm|SIGBUS", Kind.host_limit, "Make /dev/shm larger."),
     _row(r"Permission denied|Errno 13", Kind.host_limit, "Give the service user access to that path."),
     _row(r"no kernel image is available|is not compatible with the current PyTorch", Kind.configuration,
          "The installed build has no kernels for this GPU: install the build that has."),
-    _row(r"validation error for|is not supported for now|are not supported|does not recognize this architecture|"
-         r"must be divisible by tensor parallel size|Unknown attention backend", Kind.configuration,
-         "Change the instance file."),
+    _row(r"validation error for|is not supported for now|are not supported|"
+         r"does not recognize this architecture|must be divisible by tensor parallel size|"
+         r"Unknown attention backend", Kind.configuration, "Change the instance file."),
 )  # fmt: skip
 
 
@@ -117,14 +122,18 @@ def classify(evidence: Evidence) -> Failure:
             return _signalled(process, -code)
     if cause is not None:
         return Failure(Kind.crashed, _sentence(cause))
-    return Failure(Kind.unknown, evidence.output_tail[-1] if evidence.output_tail else "the engine ended without a word.")
+    if evidence.errors:
+        return Failure(Kind.crashed, _sentence(evidence.errors[-1]))
+    last_words = evidence.output_tail[-1] if evidence.output_tail else "the engine ended without a word."
+    return Failure(Kind.unknown, last_words)
 
 
 def root_cause(evidence: Evidence) -> ErrorRecord | None:
     """The exception that says most: a worker's first, then EngineCore's, then the parent's."""
-    workers = [error for error in evidence.errors if error.process.startswith("Worker")]
+    # A worker is "VllmWorker-0" until it has named itself "Worker_TP0" or the like.
+    workers = [error for error in evidence.errors if "Worker" in error.process]
     cores = [error for error in evidence.errors if error.process.startswith("EngineCore")]
-    first = (workers or cores or list(evidence.errors))[:1]
+    first = (workers or cores)[:1]
     return first[0] if first else evidence.parent_error
 
 
@@ -140,5 +149,5 @@ def _signalled(process: str, number: int) -> Failure:
     except ValueError:
         name = f"signal {number}"
     kind = Kind.killed if number == signal.SIGKILL else Kind.crashed
-    advice = "If nobody killed it, the kernel did: look for 'Out of memory' in the kernel log." if kind is Kind.killed else ""
-    return Failure(kind, f"{process} was ended by {name}.", advice)
+    advice = "If nobody killed it, the kernel did: look for 'Out of memory' in the kernel log."
+    return Failure(kind, f"{process} was ended by {name}.", advice if kind is Kind.killed else "")

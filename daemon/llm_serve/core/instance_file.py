@@ -36,9 +36,7 @@ TABLES: Mapping[str, type[BaseModel]] = {
 }
 TOP_LEVEL = ("model", "engine", *TABLES)
 
-ENV_SET_BY_US = frozenset(
-    {"VLLM_RPC_BASE_PATH", "TMPDIR", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_CONFIG_PATH"}
-)
+ENV_SET_BY_US = frozenset({"VLLM_RPC_BASE_PATH", "TMPDIR", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_CONFIG_PATH"})
 ENV_UNSAFE = {
     "VLLM_SERVER_DEV_MODE": "it opens routes that reset and reload the engine to every client",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "it lets pickled code into the engine",
@@ -63,14 +61,21 @@ def parse_instance(text: str, *, source: str, name: str) -> Settings:
     return settings
 
 
-def check_exposure(settings: Settings, has_keys: bool) -> Problem | None:
-    """Return the problem of a server that everyone on the network could use without a key, if it is one."""
+def check_exposure(
+    settings: Settings,
+    has_keys: bool,  # noqa: FBT001 - one fact about one server, and every call names it
+    text: str | None = None,
+) -> Problem | None:
+    """Return the problem of a server that everyone on the network could use without a key, if it is one.
+
+    Keys may come from systemd, so whoever has looked for them says whether there are any.
+    """
     listen = settings.server.listen_on
     if has_keys or listen.is_loopback:
         return None
     return Problem(
         file=settings.source,
-        line=None,
+        line=None if text is None else locate(text, "server.listen"),
         path="server.listen",
         message=f"{listen} can be reached from other machines, and there are no API keys",
         hint='Set server.api_keys or the systemd credential "api-keys", or listen on 127.0.0.1',
@@ -164,20 +169,16 @@ class _Reader:
             values = tables.get(table)
             if isinstance(values, dict):
                 for key in values.keys() - model.model_fields.keys():
-                    self.refuse(
-                        f"{table}.{key}", "unknown option", _hint(key, table, tuple(model.model_fields))
-                    )
+                    self.refuse(f"{table}.{key}", "unknown option", _hint(key, table, tuple(model.model_fields)))
 
     def _engine_values(self, engine: Any) -> None:
-        """vLLM's arguments travel as text and JSON, which have no dates and no infinity."""
+        """Arguments of vLLM's travel as text and JSON, which have no dates and no infinity."""
         if isinstance(engine, dict):
             for path, value in _leaves(engine, ("engine",)):
                 if isinstance(value, float) and not isfinite(value):
                     self.refuse(join(path), f"must be a finite number, not {value}")
                 elif not isinstance(value, str | int | float):
-                    self.refuse(
-                        join(path), f"must not be a date or a time, not {value}", "Write it in quotes"
-                    )
+                    self.refuse(join(path), f"must not be a date or a time, not {value}", "Write it in quotes")
 
 
 def _without(tables: dict[str, Any], error: ValidationError) -> dict[str, Any]:

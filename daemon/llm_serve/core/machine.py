@@ -145,21 +145,29 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """Everything the next decision depends on. `why` is a sentence for people; `since` is monotonic seconds."""
+    """Everything the next decision depends on.
+
+    `why` is a sentence for people, `since` monotonic seconds. `has_engine` is true while the engine of
+    `epoch` is up or coming up: from StartEngine to the fact that nothing of it is left.
+    """
 
     limits: Limits
     state: State = State.waiting_for_host
     since: float = 0.0
     why: str = "waiting for the host"
     epoch: int = 0
+    has_engine: bool = False
     starts: tuple[float, ...] = ()
     failures_in_a_row: int = 0
     last_failure: Failure | None = None
     is_stopping_now: bool = False
 
 
-def step(now: Situation, event: Event, at: float) -> Step:
-    """The answer to one fact at the monotonic time `at`. Facts about an engine that is not current change nothing."""
+def step(now: Situation, event: Event, at: float) -> Step:  # noqa: PLR0911 - a table, one row a return
+    """The answer to one fact at the monotonic time `at`.
+
+    Facts about an engine that is not current, or that has failed already, change nothing.
+    """
     if now.state in FINAL:
         return now, ()
     match event:
@@ -167,12 +175,11 @@ def step(now: Situation, event: Event, at: float) -> Step:
             return _start(now, State.starting, "start", at)
         case PauseOver(epoch) if now.state is State.recovering and epoch == now.epoch + 1:
             return _start(now, State.recovering, str(now.last_failure and now.last_failure.kind), at)
-        case EngineReady(epoch) if epoch == now.epoch and now.state in HOLDING:
-            return _to(replace(now, failures_in_a_row=0), State.serving, "the engine answers", at), (OpenGate(),)
-        case EngineFailed(epoch, failure) if epoch == now.epoch and now.state not in {State.draining}:
-            return _after_failure(now, failure, at)
-        case EngineFailed(epoch, _) if epoch == now.epoch:
-            return _to(now, State.draining, "the engine died while draining", at), (CutRequests(),)
+        case EngineReady(epoch) if _is_current(now, epoch) and now.state in HOLDING:
+            serving = replace(now, failures_in_a_row=0)
+            return _to(serving, State.serving, "the engine answers", at), (OpenGate(),)
+        case EngineFailed(epoch, failure) if _is_current(now, epoch):
+            return _after_failure(replace(now, has_engine=False), failure, at)
         case StopRequested():
             return _stop(now, at)
         case Drained() if now.state is State.draining and not now.is_stopping_now:
@@ -183,19 +190,26 @@ def step(now: Situation, event: Event, at: float) -> Step:
             return now, ()
 
 
+def _is_current(now: Situation, epoch: int) -> bool:
+    return now.has_engine and epoch == now.epoch
+
+
 def _start(now: Situation, state: State, reason: str, at: float) -> Step:
     recent = within_window(now.starts, at, now.limits.restart_window_s)
     if len(recent) >= now.limits.restart_limit:
         hours = now.limits.restart_window_s / 3600
-        why = f"gave up after {len(recent)} engine starts in {hours:g} h; the last failure was {now.last_failure}"
+        why = f"gave up after {len(recent)} engine starts in {hours:g} h; last failure: {now.last_failure}"
         return _to(now, State.failed, why, at), (CloseGate(refuse=True), CutRequests(), Exit(70, why))
-    started = replace(now, epoch=now.epoch + 1, starts=(*recent, at))
+    started = replace(now, epoch=now.epoch + 1, has_engine=True, starts=(*recent, at))
     return _to(started, state, f"engine start {started.epoch}", at), (StartEngine(started.epoch, reason),)
 
 
 def _after_failure(now: Situation, failure: Failure, at: float) -> Step:
+    if now.state is State.draining:
+        return _to(now, State.draining, "the engine died while draining", at), (CutRequests(),)
     failed = replace(now, last_failure=failure, failures_in_a_row=now.failures_in_a_row + 1)
-    if failure.kind in DETERMINISTIC:
+    # A plan that has served is not refused for good: if its files are bad by now, the next start says so.
+    if failure.kind in DETERMINISTIC and now.state is not State.serving:
         why = str(failure)
         return _to(failed, State.failed, why, at), (CloseGate(refuse=True), CutRequests(), Exit(78, why))
     pause = Pause(now.epoch + 1, backoff_s(failed.failures_in_a_row))
@@ -208,7 +222,11 @@ def _stop(now: Situation, at: float) -> Step:
         if now.state is State.serving:
             return _to(now, State.draining, "finishing requests in flight", at), (*orders, Drain())
         stopping = replace(now, is_stopping_now=True)
-        return _to(stopping, State.draining, "stopping before the engine was up", at), (*orders, CutRequests(), StopEngine())
+        return _to(stopping, State.draining, "stopping before the engine was up", at), (
+            *orders,
+            CutRequests(),
+            StopEngine(),
+        )
     if now.is_stopping_now:
         return now, ()
     return replace(now, is_stopping_now=True, why="stopping at once"), (CutRequests(), StopEngine())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A step of a start. `ratio` is how much of a usual start lies before it: 0 at the beginning, 1 when serving."""
+    """A step of a start. `ratio` is how much of a usual start lies before it: 0 at first, 1 when serving."""
 
     name: str
     ratio: float

@@ -46,9 +46,7 @@ def parse_listen(text: str) -> Listen:
         return _parse_unix(text.removeprefix("unix:"))
     host, colon, port = text.rpartition(":")
     if not colon or not (port.isascii() and port.isdigit()) or int(port) > MAX_PORT:
-        raise ValueError(
-            f"must be host:port with a port up to {MAX_PORT}, [ipv6]:port or unix:/path, not {text!r}"
-        )
+        raise ValueError(f"must be host:port with a port up to {MAX_PORT}, [ipv6]:port or unix:/path, not {text!r}")
     return Listen(host=_parse_host(host, port), port=int(port))
 
 
@@ -203,10 +201,14 @@ class Settings(_Table):
     model: str = Field(min_length=1)
     """Hub id or folder of the model."""
     server: ServerSettings = ServerSettings()
+    """Who may connect, and how long they wait."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """vLLM's arguments by their own names, with `_`; checked at vLLM's border, not here."""
     engine_env: dict[str, str] = Field(default_factory=dict)
     """Environment of the engine's processes only."""
     recovery: RecoverySettings = RecoverySettings()
+    """How far and how often llm-serve helps itself."""
     gpu: GpuSettings = GpuSettings()
+    """Which devices, and how hot they may get."""
     log: LogSettings = LogSettings()
+    """How much is logged, and in which form."""

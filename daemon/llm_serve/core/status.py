@@ -1,4 +1,4 @@
-"""The snapshot that everybody but the supervisor reads: /status, /metrics, systemd's STATUS line, `llm-serve status`."""
+"""The snapshot that all but the supervisor read: /status, /metrics, systemd's STATUS line, `status`."""
 
 from __future__ import annotations
 
@@ -46,5 +46,6 @@ class Snapshot:
         if self.state in {"starting", "recovering"}:
             return f"{self.state}: {self.phase}, {self.progress:.0%} ({self.why})"
         if self.state == "serving":
-            return f"serving {self.model} on {self.listen}: {self.requests_in_flight} in flight, {self.engine_starts} start(s)"
+            counts = f"{self.requests_in_flight} in flight, {self.engine_starts} start(s)"
+            return f"serving {self.model} on {self.listen}: {counts}"
         return f"{self.state}: {self.why}"

@@ -11,6 +11,7 @@ import re
 import tomllib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 Path = tuple[str, ...]
 
@@ -24,7 +25,7 @@ _STRING = re.compile(
 _SCALAR = re.compile(r"[^,\]\}#\r\n]*")
 
 
-class _NotUnderstood(Exception):
+class _NotUnderstood(Exception):  # noqa: N818 - ends a scan; nobody outside sees it
     """The text is not TOML as this scanner knows it."""
 
 
@@ -35,10 +36,8 @@ def key_lines(text: str) -> list[tuple[Path, int]]:
     `("gpu", "devices", "0")`. A path that is written more than once is there more than once.
     """
     scanner = _Scanner(text)
-    try:
+    with suppress(_NotUnderstood, RecursionError):
         scanner.scan()
-    except (_NotUnderstood, RecursionError):
-        pass
     return scanner.found
 
 
@@ -48,9 +47,9 @@ def normalised(key: str) -> str:
 
 
 def locate(text: str, dotted_path: str) -> int | None:
-    """Return the line on which `dotted_path` is first written, or None when it is not written.
+    r"""Return the line on which `dotted_path` is first written, or None when it is not written.
 
-    >>> locate('model = "m"\\n[engine]\\nmax-num-seqs = 4', "engine.max_num_seqs")
+    >>> locate('model = "m"\n[engine]\nmax-num-seqs = 4', "engine.max_num_seqs")
     3
     """
     wanted = normalised(dotted_path)
@@ -103,8 +102,6 @@ class _Scanner:
             self._array_lengths[table] = index + 1
             self._note(table, line)
             table = (*table, str(index))
-        else:
-            table = self._inside_arrays(table)
         self._note_with_parents(table, len(keys), line)
         return table
 
@@ -227,7 +224,7 @@ def join(path: Sequence[object]) -> str:
 
 
 def duplicates(text: str, table: Path) -> Iterator[tuple[str, str, int]]:
-    """Yield (first spelling, second spelling, line of the second) for keys of `table` that differ in `-` only."""
+    """Yield (first spelling, second, line of the second) for keys of `table` that differ in `-` only."""
     spellings: dict[str, str] = {}
     for path, line in key_lines(text):
         if len(path) != len(table) + 1 or tuple(map(normalised, path[:-1])) != table:

@@ -83,31 +83,30 @@ OWNED: Mapping[str, str] = {
 """vLLM's options that are llm-serve's business, and where that business is done."""
 
 
-class _Refused(Exception):
+class _Refused(Exception):  # noqa: N818 - argparse's no, turned into a problem here
     """vLLM's parser says no; the text is argparse's."""
 
 
 @lru_cache(maxsize=1)
 def _parser() -> Any:
-    """vLLM's own parser, which takes half a second to make."""
+    """Return vLLM's own parser, which takes half a second to make."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class RaisingParser(FlexibleArgumentParser):
+    class RaisingParser(FlexibleArgumentParser):  # type: ignore[misc]  # Any at vLLM's border
         """argparse would end the process."""
 
         def error(self, message: str) -> Any:
             raise _Refused(message)
 
-    parser: Any = RaisingParser
-    return make_arg_parser(parser(prog="llm-serve"))
+    return make_arg_parser(RaisingParser(prog="llm-serve"))
 
 
 @lru_cache(maxsize=1)
 def _options() -> dict[str, argparse.Action]:
     """Every option that a file may write, by the name it has there."""
     options: dict[str, argparse.Action] = {}
-    for action in _parser()._actions:
+    for action in _parser()._actions:  # noqa: SLF001 - argparse has no public list of its options
         for flag in action.option_strings:
             negated = isinstance(action, argparse.BooleanOptionalAction) and flag.startswith("--no-")
             if flag.startswith("--") and not negated and action.dest != "help":
@@ -141,18 +140,25 @@ def _parse_together(argv: list[str]) -> argparse.Namespace:
 
     namespace: argparse.Namespace = _parser().parse_args(argv)
     validate_parsed_serve_args(namespace)
-    _check_tool_parser(namespace)
+    _check_output_parsers(namespace)
     return namespace
 
 
-def _check_tool_parser(namespace: argparse.Namespace) -> None:
-    """vLLM looks the name up when it builds the app, long after the engine has started."""
+def _check_output_parsers(namespace: argparse.Namespace) -> None:
+    """Refuse parsers that vLLM does not know: it looks for them long after the engine has started."""
+    from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    name = namespace.tool_call_parser
-    known = sorted(ToolParserManager.list_registered())
-    if name is not None and not namespace.tool_parser_plugin and name not in known:
-        raise ValueError(f"tool_call_parser must be one of {', '.join(known)}, not {name}")
+    looked_up = (
+        ("tool_call_parser", "tool_parser_plugin", ToolParserManager),
+        ("reasoning_parser", "reasoning_parser_plugin", ReasoningParserManager),
+    )
+    for option, plugin, registry in looked_up:
+        name, known = getattr(namespace, option), sorted(registry.list_registered())
+        if name and name not in known and not getattr(namespace, plugin):
+            match = nearest(name, tuple(known))
+            meant = f": did you mean {match}?" if match else f" as one of {', '.join(known)}"
+            raise ValueError(f"{option} {shown(name)} is not known to vLLM{meant}")
 
 
 def _option_problems(name: str, value: object) -> Iterator[tuple[str, str | None]]:
@@ -181,11 +187,11 @@ def _hint_for_unknown(name: str, value: object) -> str | None:
         if f"-{name}" in action.option_strings:
             return f"Did you mean {action.dest}?"
     match = nearest(name, tuple(_options()))
-    return f"Did you mean {match}?" if match else "`vllm serve --help=all` lists the options"
+    return f"Did you mean {match}?" if match else "See the list of engine arguments in vLLM's manual"
 
 
 def _check_shape(value: object, action: argparse.Action) -> None:
-    """argparse sees text only, and would take a flag's value for the next word."""
+    """Refuse a value of the wrong shape: argparse sees text only, and no `true`."""
     is_switch = action.nargs == 0
     if is_switch and not isinstance(value, bool):
         raise _Refused(f"must be true or false, not {shown(value)}")
@@ -239,9 +245,7 @@ def _nearest_choice(value: object, action: argparse.Action) -> str | None:
     return f"Did you mean {matches[0]}?" if matches else None
 
 
-def engine_config(
-    namespace: argparse.Namespace, *, source: str = "", text: str | None = None
-) -> tuple[Any, Any]:
+def engine_config(namespace: argparse.Namespace, *, source: str = "", text: str | None = None) -> tuple[Any, Any]:
     """Return (AsyncEngineArgs, VllmConfig) of a parsed plan, or raise ConfigError or HostError.
 
     HostError means that the same arguments may be right later or elsewhere: no device, no network.
@@ -255,7 +259,7 @@ def engine_config(
 
 
 def _check_load_format(name: str) -> None:
-    """vLLM looks the loader up in the engine's process only. Plugins may add loaders: call it after them."""
+    """Refuse an unknown loader, as the engine's process would. Plugins add loaders: call it after them."""
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader import get_model_loader
 
@@ -277,16 +281,14 @@ def _create(namespace: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _check_model_exists(model: str, report: Report) -> None:
-    """vLLM takes a path that is not there for a hub id, and complains about its spelling."""
+    """Refuse a folder that is not there: vLLM takes it for a hub id, and complains about its spelling."""
     folder = Path(model).expanduser()
     if looks_like_path(model) and not folder.exists():
         report.add("model", f"{folder} does not exist", "Give a folder with the model's files, or a hub id")
     elif folder.is_dir() and not (folder / "config.json").exists() and not any(folder.glob("params.json")):
         report.add("model", f"{folder} has no config.json", "Download the model's files into it")
     elif not folder.exists() and _is_offline() and not model_is_at_hand(model):
-        report.add(
-            "model", f"{model} is not in the local cache, and downloads are off", "Unset HF_HUB_OFFLINE once"
-        )
+        report.add("model", f"{model} is not in the local cache, and downloads are off", "Unset HF_HUB_OFFLINE once")
     report.raise_if_any()
 
 
@@ -326,7 +328,7 @@ def effective_arguments(namespace: argparse.Namespace, vllm_config: Any = None) 
     """Return what differs from vLLM's defaults, and with a VllmConfig also the limits that really hold."""
     parser = _parser()
     changed = {
-        name: HIDDEN if SECRET_NAME.search(name) else _json_value(value)
+        name: HIDDEN if SECRET_NAME.search(name) and isinstance(value, str) else _json_value(value)
         for name, value in vars(namespace).items()
         if name != "model_tag" and value != parser.get_default(name)
     }
@@ -342,11 +344,7 @@ def _json_value(value: Any) -> object:
     if is_dataclass(value) and not isinstance(value, type):
         given = {field.name: getattr(value, field.name) for field in fields(value) if field.repr}
         usual = _defaults_of(type(value))
-        return {
-            name: _json_value(inner)
-            for name, inner in given.items()
-            if name not in usual or inner != usual[name]
-        }
+        return {name: _json_value(inner) for name, inner in given.items() if name not in usual or inner != usual[name]}
     if isinstance(value, Enum):
         return _json_value(value.value)
     if isinstance(value, dict):

@@ -11,10 +11,15 @@ from llm_serve.core.progress import Phase, phase_of
 
 _OUTPUT_LINES, _ERRORS = 200, 50
 _CAUSE_LIMIT = 20
+_ERROR_LEVELS = frozenset({"ERROR", "CRITICAL"})
+"""vLLM also logs exceptions that it gets over, as warnings; they explain no failure."""
 
 
 class Collector:
-    """Gathers one engine's records, output and phase. Called from the relay's threads; every write is one append."""
+    """Gathers one engine's records, output and phase.
+
+    Called from the relay's threads; every write is one append.
+    """
 
     def __init__(self) -> None:
         self.clear()
@@ -31,7 +36,7 @@ class Collector:
         self.heard += 1
         if found := phase_of(value["message"]):
             self.phase = found if self.phase is None or found.ratio >= self.phase.ratio else self.phase
-        if error := value.get("exception"):
+        if (error := value.get("exception")) and value["level"] in _ERROR_LEVELS:
             frames = tuple(error["frames"])
             self._errors.append(ErrorRecord(value["process"], error["type"], error["text"], frames))
 
@@ -47,7 +52,9 @@ class Collector:
             errors=tuple(self._errors),
             output_tail=tuple(self._output)[-20:],
             exit_codes=exit_codes_in(error),
-            parent_error=ErrorRecord("", f"{type(error).__module__}.{type(error).__qualname__}", str(error)) if error else None,
+            parent_error=ErrorRecord("", f"{type(error).__module__}.{type(error).__qualname__}", str(error))
+            if error
+            else None,
             timed_out_after_s=timed_out_after_s,
         )
 

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
+import importlib
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
@@ -20,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from llm_serve.core.errors import ConfigError, LlmServeError
+from llm_serve.core.errors import ConfigError, HostError, LlmServeError
 from llm_serve.core.failures import Evidence
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING
@@ -43,12 +48,20 @@ PROCESS_ENVIRONMENT = {
 """Set in the daemon before vllm is imported, unless the user has set the variable."""
 
 
-class EngineStartFailed(LlmServeError):
+class StartError(LlmServeError):
     """An engine did not come up. `evidence` says what it left; nothing of it runs any more."""
 
     def __init__(self, evidence: Evidence) -> None:
         super().__init__("the engine did not start")
         self.evidence = evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The instance file behind a plan: its name and, for line numbers in messages, its text."""
+
+    source: str
+    text: str | None = None
 
 
 @dataclass
@@ -78,10 +91,10 @@ class Engine:
 class Factory:
     """Builds engines for one instance, one at a time."""
 
-    def __init__(self, runtime: Path, collector: Collector, receiver: relay.Receiver, log_level: str) -> None:
-        self._runtime, self._collector, self._receiver = runtime, collector, receiver
+    def __init__(self, runtime: Path, collector: Collector, receiver: relay.Receiver, origin: Origin) -> None:
+        self._runtime, self._collector, self._receiver, self._origin = runtime, collector, receiver, origin
         self._logging_config = runtime / "vllm-logging.json"
-        relay.write_logging_config(self._logging_config, receiver.records_socket, log_level)
+        relay.write_logging_config(self._logging_config, receiver.records_socket)
         self._forked_with: Mapping[str, str] | None = None
 
     def prepare(self, plan: EnginePlan, architectures: list[str]) -> None:
@@ -94,29 +107,26 @@ class Factory:
             forkserver.start(plan.env, architectures, self._receiver.output_socket, self._runtime / "mp")
             self._forked_with = dict(plan.env)
 
-    async def build(self, plan: EnginePlan, epoch: int, *, source: str, text: str | None, timeout_s: float) -> Engine:
+    async def build(self, plan: EnginePlan, epoch: int, *, timeout_s: float) -> Engine:
         """Start an engine and return it when it has generated a token.
 
-        Raises ConfigError for a plan that vLLM refuses, EngineStartFailed for everything else, and leaves nothing
-        running in both cases, and when it is cancelled.
+        Raises ConfigError for a plan that vLLM refuses, HostError for a machine that is not ready, StartError
+        for everything else. It leaves nothing running in any of these cases, nor when it is cancelled.
         """
         self._collector.clear()
         folders = self._make_folders(epoch)
-        private = {"VLLM_RPC_BASE_PATH": str(folders[0]), "TMPDIR": str(folders[1])}
-        building = asyncio.create_task(
-            asyncio.to_thread(self._build_in_thread, plan, epoch, source, text, folders, dict(plan.env) | private)
-        )
+        building = asyncio.create_task(asyncio.to_thread(self._build_in_thread, plan, epoch, folders))
         try:
             async with asyncio.timeout(timeout_s):
                 engine = await asyncio.shield(building)
                 self._collector.phase = FIRST_TOKEN
                 await _generate_one_token(engine)
-        except ConfigError:
+        except (ConfigError, HostError):
             await self._clear(folders)
             raise
         except TimeoutError as error:
             await self._abandon(building, folders)
-            raise EngineStartFailed(self._collector.evidence(timed_out_after_s=timeout_s)) from error
+            raise StartError(self._collector.evidence(timed_out_after_s=timeout_s)) from error
         except asyncio.CancelledError:
             await self._abandon(building, folders)
             raise
@@ -124,18 +134,19 @@ class Factory:
             await asyncio.sleep(0.2)  # the last records of a dying child are still on their way
             evidence = self._collector.evidence(error)
             await self._abandon(building, folders)
-            raise EngineStartFailed(evidence) from error
+            raise StartError(evidence) from error
         engine.processes = self._engine_processes()
         engine.shared_memory = processes.shared_memory_of(engine.processes)
         return engine
 
-    def _build_in_thread(
-        self, plan: EnginePlan, epoch: int, source: str, text: str | None, folders: tuple[Path, ...], env: dict[str, str]
-    ) -> Engine:
-        from llm_serve.engine import arguments
-
+    def _build_in_thread(self, plan: EnginePlan, epoch: int, folders: tuple[Path, Path]) -> Engine:
+        private = {"VLLM_RPC_BASE_PATH": str(folders[0]), "TMPDIR": str(folders[1])}
+        source, text = self._origin.source, self._origin.text
         self._collector.phase = IMPORTING
-        with forkserver.environment(env):
+        with forkserver.environment(dict(plan.env) | private):
+            import_vllm()
+            from llm_serve.engine import arguments
+
             args = arguments.parse_plan(plan, source=source, text=text)
             self._collector.phase = CONFIGURING
             from vllm.logger import configure_logging_from_args
@@ -143,7 +154,8 @@ class Factory:
             from vllm.v1.engine.async_llm import AsyncLLM
 
             configure_logging_from_args(args)
-            engine_args, config = arguments.engine_config(args)
+            engine_args, config = arguments.engine_config(args, source=source, text=text)
+            arguments.check_model(args, source=source, text=text)
             forkserver.install()
             self._collector.phase = LAUNCHING
             llm = AsyncLLM.from_vllm_config(
@@ -162,7 +174,8 @@ class Factory:
             if engine.llm.output_handler is not None:
                 engine.llm.output_handler.cancel()  # else it reports the end that we ask for as a death
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(asyncio.to_thread(engine.llm.engine_core.shutdown, _ASK_TIMEOUT_S), _ASK_TIMEOUT_S + 2)
+                asked = asyncio.to_thread(engine.llm.engine_core.shutdown, _ASK_TIMEOUT_S)
+                await asyncio.wait_for(asked, _ASK_TIMEOUT_S + 2)
         await processes.kill_all([*living, *engine.processes], timeout_s=_KILL_TIMEOUT_S)
         with contextlib.suppress(Exception):
             engine.llm.shutdown(0)
@@ -171,8 +184,11 @@ class Factory:
 
     def close(self) -> None:
         """End the fork server and let go of what this process itself has in /dev/shm. For the end of the daemon."""
+        pids = [os.getpid(), *([pid] if (pid := forkserver.running_pid()) else [])]
+        with contextlib.suppress(psutil.Error):
+            shared = processes.shared_memory_of([psutil.Process(pid) for pid in pids])
+            forkserver.forget(processes.unlink_all(shared))
         forkserver.stop()
-        forkserver.forget(processes.unlink_all(processes.shared_memory_of([psutil.Process()])))
         _remove((self._runtime / "mp",))
         self._logging_config.unlink(missing_ok=True)
 
@@ -208,6 +224,46 @@ class Factory:
         _remove((sockets,))
         sockets.mkdir(mode=0o700)
         return sockets, Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{self._runtime.name}-e{epoch}-"))
+
+
+def import_vllm() -> None:
+    """Import what the daemon needs of vLLM, 20 s with cold disks, without stopping the loop for long.
+
+    Its objects set off one full garbage collection after another, each of which holds the interpreter for up to
+    0.25 s; they live as long as the process, so no later collection needs to look at them either.
+    """
+    interval_s = sys.getswitchinterval()
+    gc.disable()
+    sys.setswitchinterval(_IMPORT_SWITCH_INTERVAL_S)
+    try:
+        _map_torch()
+        for name in _DAEMON_IMPORTS:
+            importlib.import_module(name)
+        gc.freeze()
+    finally:
+        sys.setswitchinterval(interval_s)
+        gc.enable()
+
+
+def _map_torch() -> None:
+    """Map torch's libraries before `import torch` does it with the interpreter locked, 0.2 s warm and more cold."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return
+    libraries = Path(spec.origin).parent / "lib"
+    dlopen = ctypes.CDLL(None).dlopen  # called as a foreign function, it lets other threads run
+    for name in ("libtorch_global_deps.so", "libtorch_python.so"):
+        dlopen(str(libraries / name).encode(), os.RTLD_LAZY | os.RTLD_GLOBAL)
+
+
+_IMPORT_SWITCH_INTERVAL_S = 0.0005
+_DAEMON_IMPORTS = (
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.v1.engine.async_llm",
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "llm_serve.engine.survivor",
+)
 
 
 def remove_leftovers(runtime: Path) -> None:

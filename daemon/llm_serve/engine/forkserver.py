@@ -10,6 +10,8 @@ asked for, the CPUs and threads that vLLM chose for it (libgomp reads OMP_* only
 the fork server), and its parent's death.
 """
 
+# ruff: noqa: SLF001 - CPython has no public way to stop, find or reuse a fork server
+
 from __future__ import annotations
 
 import contextlib
@@ -153,10 +155,11 @@ def _ensure_running(self: Any) -> None:
 class _Context(multiprocessing.context.ForkServerContext):
     """The fork-server context whose processes start in `_enter_child`."""
 
-    def Process(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: N802 - the library's name
-        target = kwargs.pop("target", None)
-        inner = (dict(os.environ), target, kwargs.pop("args", ()), kwargs.pop("kwargs", {}))
-        return multiprocessing.context.ForkServerProcess(*args, target=_enter_child, args=inner, **kwargs)
+    def Process(  # type: ignore[override]  # noqa: N802 - the library's name
+        self, *, target: Any = None, args: Any = (), kwargs: Any = None, **more: Any
+    ) -> Any:
+        inner = (dict(os.environ), target, args, kwargs or {})
+        return multiprocessing.context.ForkServerProcess(target=_enter_child, args=inner, **more)
 
 
 def _enter_child(env: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

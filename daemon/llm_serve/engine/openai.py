@@ -1,7 +1,8 @@
 """vLLM's own OpenAI routes, mounted by allow-list and re-bound for each engine.
 
-Everything about the wire format (protocol models, parsers, templates, streaming) is vLLM's. What is not on the list
-is not there: vLLM's development, weight-update, scaling and fault routes would otherwise be open to every client.
+Everything about the wire format (protocol models, parsers, templates, streaming) is vLLM's. What is not on
+the list is not there: vLLM's development, weight-update, scaling and fault routes would otherwise be open to
+every client.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+
 def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed: frozenset[tuple[str, str]]) -> Any:
-    """vLLM's FastAPI application with only the allowed routes left. It needs `bind` before it can answer."""
+    """vLLM's FastAPI application with only the allowed routes. It needs `bind` before it can answer."""  # noqa: D403 - its name
     from vllm.entrypoints.launchers.app import build_app as vllm_build_app
 
     if args.allowed_origins == ["*"]:

@@ -1,4 +1,4 @@
-"""The routes of the model that clients may call: the allow-list, apart from vLLM so that it is there at once."""
+"""The routes of the model that clients may call: the allow-list, apart from vLLM to be there at once."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _modules(architectures: list[str]) -> Iterator[str]:
     from vllm.model_executor.models import registry
 
     for architecture in architectures:
-        if known := registry._VLLM_MODELS.get(architecture):
+        if known := registry._VLLM_MODELS.get(architecture):  # noqa: SLF001 - its public face imports the model
             yield f"vllm.model_executor.models.{known[0]}"
 
 

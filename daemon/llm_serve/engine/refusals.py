@@ -1,7 +1,7 @@
 """What vLLM says when it refuses arguments, said again in the words and the places of the instance file.
 
-It knows vLLM's messages and no vLLM: the texts were collected by provoking them on 0.32.0. A message that is not
-in the table still comes through, on one line and with the option it names.
+It knows vLLM's messages and no vLLM: the texts were collected by provoking them on 0.32.0. A message that
+is not in the table still comes through, on one line and with the option it names.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ class Report:
         self._problems: list[Problem] = []
 
     def add(self, path: str, message: str, hint: str | None = None) -> None:
+        """Note a problem of the option at `path`."""
         line = locate_within(self._text, path) if self._text is not None else None
         self._problems.append(Problem(self._source, line, path, message, hint))
 
     def raise_if_any(self) -> None:
+        """Raise ConfigError with all that was noted, in the order of the file."""
         if self._problems:
             raise ConfigError(sorted(self._problems, key=lambda problem: problem.line or 0))
 
@@ -117,9 +119,10 @@ def _refusals(error: Exception, options: Collection[str]) -> Iterator[tuple[str,
     """Yield (path, message, hint) for each thing that one exception of vLLM's says."""
     items: Callable[..., list[dict[str, Any]]] | None = getattr(error, "errors", None)
     if items is None:
-        # str() of a KeyError is its message in quotes.
+        # str() of a KeyError is its message in quotes, and often the message is one word.
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        yield _one_refusal(message or type(error).__name__, "", options)
+        kind = type(error).__name__
+        yield _one_refusal(message if " " in message else f"{kind}: {message}", "", options)
         return
     table = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(getattr(error, "title", ""))).lower()
     prefix = f"{table}." if table in options else ""
@@ -167,5 +170,6 @@ def plain(message: str) -> str:
 
 
 def shown(value: object) -> str:
+    """Return a value as JSON, short enough for a line of a log."""
     words = json.dumps(value, default=str)
     return words if len(words) <= 60 else f"{words[:57]}..."

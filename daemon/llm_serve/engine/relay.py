@@ -1,6 +1,6 @@
 """Carries log records of every vLLM process to the daemon as structured values, exceptions included.
 
-The parent of a failed engine sees only "Engine core initialization failed": the cause exists in a child's log.
+The parent of a failed engine sees only "Engine core initialization failed": the cause is in a child's log.
 The handler is named in the logging configuration that vLLM hands to all its processes, so it must stay light
 (standard library only), survive a fork, and never block or break an engine.
 """
@@ -16,14 +16,18 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _TEXT_LIMIT, _TRACEBACK_LIMIT = 6000, 12000
 Record = dict[str, Any]
 
 
 class RelayHandler(logging.Handler):
-    """Sends each record as one datagram. A full buffer drops a record below ERROR, and waits 0.5 s for others."""
+    """Sends each record as one datagram.
+
+    When the buffer is full, a record below ERROR is dropped, and any other waits for 0.5 s.
+    """
 
     def __init__(self, path: str, level: int | str = logging.NOTSET) -> None:
         super().__init__(level)
@@ -68,11 +72,16 @@ def _exception_value(error: BaseException) -> Record:
     }
 
 
-def write_logging_config(path: Path, records_socket: Path, level: str) -> None:
+def write_logging_config(path: Path, records_socket: Path, level: str = "INFO") -> None:
     """Write the file that VLLM_LOGGING_CONFIG_PATH names: vLLM's records go to the relay and nowhere else."""
     handler = {"class": "llm_serve.engine.relay.RelayHandler", "path": str(records_socket), "level": level}
     logger = {"handlers": ["relay"], "level": level, "propagate": False}
-    config = {"version": 1, "disable_existing_loggers": False, "handlers": {"relay": handler}, "loggers": {"vllm": logger}}
+    config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "handlers": {"relay": handler},
+        "loggers": {"vllm": logger},
+    }
     path.write_text(json.dumps(config))
 
 
@@ -109,7 +118,7 @@ class Receiver:
                 return
             except ValueError:
                 continue
-            self._on_record(value)
+            _tell(self._on_record, value)
 
     def _accept_output(self) -> None:
         while True:
@@ -123,7 +132,7 @@ class Receiver:
         with connection, connection.makefile("r", encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if text := line.rstrip():
-                    self._on_output(text)
+                    _tell(self._on_output, text)
 
     def close(self) -> None:
         """Stop listening and remove the sockets."""
@@ -132,3 +141,9 @@ class Receiver:
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
             path.unlink(missing_ok=True)
+
+
+def _tell(callback: Callable[[T], None], value: T) -> None:
+    """Hand one value on. What the callback cannot take is lost, but not the thread that listens."""
+    with contextlib.suppress(Exception):
+        callback(value)

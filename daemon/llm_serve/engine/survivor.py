@@ -1,7 +1,8 @@
 """The EngineClient that vLLM's handlers see: it outlives the engines behind it.
 
-Front ends know an engine only through `bind`, `unbind` and `epoch`. A request waits while no engine is bound, is run
-again from the start when its engine dies before the first output, and ends with `EngineRestarted` after that.
+Front ends know an engine only through `bind`, `unbind` and `epoch`. A request waits while no engine is bound,
+is run again from the start when its engine dies before the first output, and ends with `EngineRestarted`
+after that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from llm_serve import passage
 
 
-class EngineRestarted(GenerationError):
+class EngineRestarted(GenerationError):  # type: ignore[misc]  # noqa: N818 - an event in the life of a request; nobody's mistake
     """An answer was cut because its engine ended. The request may be sent again."""
 
     def __init__(self, why: str) -> None:
@@ -27,8 +28,11 @@ class EngineRestarted(GenerationError):
         self.status_code = HTTPStatus.SERVICE_UNAVAILABLE
 
 
-class Survivor(EngineClient):
-    """Stands for whichever engine is bound. `on_death(epoch)` is called when a request finds its engine dead."""
+class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
+    """Stands for whichever engine is bound.
+
+    `on_death(epoch)` is called when a request finds its engine dead.
+    """
 
     def __init__(self, on_death: Callable[[int], None]) -> None:
         self.epoch = 0
@@ -47,11 +51,11 @@ class Survivor(EngineClient):
         self._is_bound.set()
 
     def unbind(self) -> None:
-        """Let requests wait. The last engine's tokenizer and configuration stay in use until the next bind."""
+        """Let requests wait. The last engine's tokenizer and configuration stay in use until the next."""
         self._is_bound.clear()
 
     def end(self, why: str) -> None:
-        """End every request, in flight and waiting, with an error that says why. There will be no more engine."""
+        """End every request, in flight and waiting, with an error that says why. No engine will follow."""
         self._ended = EngineRestarted(why)
         if self._llm is not None:
             self._llm.output_processor.propagate_error(self._ended)
@@ -64,13 +68,13 @@ class Survivor(EngineClient):
         return self._llm
 
     # What handlers read at each request: never an engine's own object kept from an earlier epoch.
-    vllm_config = property(lambda self: self._llm.vllm_config)  # type: ignore[assignment]
-    model_config = property(lambda self: self._llm.model_config)  # type: ignore[assignment]
-    renderer = property(lambda self: self._llm.renderer)  # type: ignore[assignment]
-    input_processor = property(lambda self: self._llm.input_processor)  # type: ignore[assignment]
-    is_running = property(lambda self: self._ended is None)  # type: ignore[assignment]
-    is_stopped = property(lambda self: self._ended is not None)  # type: ignore[assignment]
-    errored = property(lambda self: self._ended is not None)  # type: ignore[assignment]
+    vllm_config = property(lambda self: self._llm.vllm_config)
+    model_config = property(lambda self: self._llm.model_config)
+    renderer = property(lambda self: self._llm.renderer)
+    input_processor = property(lambda self: self._llm.input_processor)
+    is_running = property(lambda self: self._ended is None)
+    is_stopped = property(lambda self: self._ended is not None)
+    errored = property(lambda self: self._ended is not None)
 
     @property
     def dead_error(self) -> BaseException:
@@ -78,7 +82,7 @@ class Survivor(EngineClient):
         return self._ended or EngineDeadError()
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """vLLM's own queue limits, while there is an engine to have them; waiting requests are bounded by the gate."""
+        """Apply vLLM's own queue limits, while there is an engine; the gate bounds what waits for one."""
         if self._is_bound.is_set() and self._ended is None:
             self._llm.check_admission(n, request_id)
 
@@ -91,11 +95,15 @@ class Survivor(EngineClient):
         """Tokens from the engine of the moment, or from the next one if it dies before the first output."""
         return self._run(lambda llm, name: llm.generate(prompt, sampling_params, name, **options), request_id)
 
-    def encode(self, prompt: Any, pooling_params: Any, request_id: str, *rest: Any, **options: Any) -> AsyncGenerator[Any, None]:
+    def encode(
+        self, prompt: Any, pooling_params: Any, request_id: str, *rest: Any, **options: Any
+    ) -> AsyncGenerator[Any, None]:
         """Embeddings and the like; see `generate`."""
         return self._run(lambda llm, name: llm.encode(prompt, pooling_params, name, *rest, **options), request_id)
 
-    async def _run(self, ask: Callable[[Any, str], AsyncGenerator[Any, None]], request_id: str) -> AsyncGenerator[Any, None]:
+    async def _run(
+        self, ask: Callable[[Any, str], AsyncGenerator[Any, None]], request_id: str
+    ) -> AsyncGenerator[Any, None]:
         attempt, journey = 0, passage.here()
         while True:
             llm, epoch = await self._engine(), self.epoch
@@ -145,4 +153,4 @@ def _delegate(name: str, *, is_async: bool) -> Callable[..., Any]:
 for _name, _method in list(vars(EngineClient).items()):
     if not _name.startswith("_") and _name not in vars(Survivor) and callable(_method):
         setattr(Survivor, _name, _delegate(_name, is_async=inspect.iscoroutinefunction(_method)))
-Survivor.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+Survivor.__abstractmethods__ = frozenset()

@@ -1,7 +1,8 @@
 """What can be known about a model's folder without loading it: are its files there, and whole.
 
-Only names, sizes and the headers of safetensors files are read, so a folder of 100 GB is judged in milliseconds.
-A start that is going to fail for its files should fail before a GPU is touched, and name the file.
+Only names, sizes and the headers of safetensors files are read, so a folder of 100 GB is judged in
+milliseconds. A start that is going to fail for its files should fail before a GPU is touched, and name
+the file.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -32,11 +33,20 @@ def check_host(environ: Mapping[str, str]) -> None:
     for variable, folder in places.items():
         if (error := _write_error(folder)) is not None:
             hint = f"Give the service user write access, or set {variable} to a folder that it can write to."
-            problems.append(Problem("environment", None, variable, f"cannot write to {folder}: {error.strerror}.", hint))
-        elif (free := shutil.disk_usage(folder).free) < _LEAST_FREE_BYTES:
-            raise HostError(f"only {free >> 20} MiB are free on the disk of {folder} ({variable}): free at least 64 MiB.")
+            problems.append(
+                Problem("environment", None, variable, f"cannot write to {folder}: {error.strerror}.", hint)
+            )
+        elif (free := _free_bytes(folder)) < _LEAST_FREE_BYTES:
+            raise HostError(
+                f"only {free >> 20} MiB are free on the disk of {folder} ({variable}): free at least 64 MiB."
+            )
     if problems:
         raise ConfigError(problems)
+
+
+def _free_bytes(folder: Path) -> int:
+    """Room for this folder, which need not exist: a full disk has none for its entry."""
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
 
 
 def _write_error(folder: Path) -> OSError | None:
@@ -45,17 +55,20 @@ def _write_error(folder: Path) -> OSError | None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0" * 4096)
     except OSError as error:
-        return None if error.errno == 28 else error  # full: reported with figures by the caller
+        return None if error.errno == errno.ENOSPC else error  # full: reported with figures by the caller
     return None
 
 
 def runtime_folder(name: str, environ: Mapping[str, str]) -> Path:
     """The private folder for this instance's sockets: systemd's, or one of the user's."""
     given = environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
-    base = Path(environ.get("XDG_RUNTIME_DIR") or f"/tmp/llm-serve-{os.getuid()}")  # noqa: S108 - made private below
+    private = environ.get("XDG_RUNTIME_DIR", "")
+    base = Path(private or f"/tmp/llm-serve-{os.getuid()}")  # noqa: S108 - made private below
     folder = Path(given) if given else base / "llm-serve" / name
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        problem = Problem("environment", None, "RUNTIME_DIRECTORY", f"{folder} belongs to another user.")
-        raise ConfigError((problem,))
+    # In a folder that all may write to, whoever makes the first part could put his own in place of the rest.
+    for part in (folder,) if given or private else (base, folder):
+        part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if part.lstat().st_uid != os.getuid():
+            problem = Problem("environment", None, "RUNTIME_DIRECTORY", f"{part} belongs to another user.")
+            raise ConfigError((problem,))
     return folder

@@ -309,6 +309,5 @@ def _as_demo_model_error(models: Path) -> Iterator[None]:
         else:
             why = error.strerror or str(error)
         raise DemoModelError(
-            f"cannot keep the demo model under {models}: {why}."
-            f" Set LLM_SERVE_CACHE to a folder that you can write to."
+            f"cannot keep the demo model under {models}: {why}. Set LLM_SERVE_CACHE to a folder that you can write to."
         ) from error

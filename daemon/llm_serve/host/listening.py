@@ -14,27 +14,31 @@ from llm_serve.host.processes import holder_of_port
 from llm_serve.host.systemd import Notifier, passed_sockets
 
 _BACKLOG = 2048
+_NO_NETWORK_YET = frozenset({errno.EADDRNOTAVAIL, socket.EAI_AGAIN})
+"""At boot an address may not be there yet, nor a resolver to ask for it."""
 
 
 def open_listener(settings: Settings, notifier: Notifier) -> socket.socket:
     """The socket that clients connect to.
 
-    A socket from systemd's store or a socket unit is used when it has the address of the file, or when the file
-    leaves the address to systemd; it is given (back) to the store, so that connections wait there between two
-    processes. Raises HostError when the address is in use, ConfigError when it cannot be used at all.
+    A socket from systemd's store or a socket unit is used when it has the address of the file; any other is
+    closed. The one that is used is in the store, so that connections wait there between two processes. Raises
+    HostError when the address cannot be had now, ConfigError when it cannot be used at all.
     """
     listen = settings.server.listen_on
     chosen: socket.socket | None = None
+    is_stored = True
     for passed in passed_sockets(os.environ):
         if chosen is None and _has_address(passed, listen):
             chosen = passed
         else:
-            notifier.forget()
+            notifier.forget()  # every stored socket, the chosen one included: they share a name
+            is_stored = False
             passed.close()
     listener = chosen or _bind(settings, listen)
-    listener.setblocking(False)
+    listener.setblocking(False)  # noqa: FBT003 - the library's signature
     listener.listen(_BACKLOG)
-    if chosen is None:
+    if chosen is None or not is_stored:
         notifier.keep(listener)
     return listener
 
@@ -48,7 +52,7 @@ def open_control(path: Path) -> socket.socket:
         control.bind(str(path))
     finally:
         os.umask(before)
-    control.setblocking(False)
+    control.setblocking(False)  # noqa: FBT003 - the library's signature
     return control
 
 
@@ -71,15 +75,21 @@ def _same_host(bound: str, wanted: str) -> bool:
 
 def _bind(settings: Settings, listen: Listen) -> socket.socket:
     try:
-        return _bind_unix(Path(listen.path)) if listen.path is not None else _bind_tcp(listen.host or "", listen.port or 0)
+        return (
+            _bind_unix(Path(listen.path)) if listen.path is not None else _bind_tcp(listen.host or "", listen.port or 0)
+        )
     except OSError as error:
         where = settings.server.listen
         if error.errno == errno.EADDRINUSE:
             holder = holder_of_port(listen.port) if listen.port else None
             who = f" by {holder}" if holder else ""
-            raise HostError(f"{where} is in use{who}. Stop that, or change server.listen in {settings.source}.") from error
-        problem = Problem(settings.source, None, "server.listen", f"cannot listen on {where}: {error.strerror or error}.", None)
-        raise ConfigError((problem,)) from error
+            raise HostError(
+                f"{where} is in use{who}. Stop that, or change server.listen in {settings.source}."
+            ) from error
+        message = f"cannot listen on {where}: {error.strerror or error}."
+        if error.errno in _NO_NETWORK_YET:
+            raise HostError(message) from error
+        raise ConfigError((Problem(settings.source, None, "server.listen", message),)) from error
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:
@@ -100,6 +110,10 @@ def _bind_unix(path: Path) -> socket.socket:
     with socket.socket(socket.AF_UNIX) as probe:
         if path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
             path.unlink()  # left by a process that was killed
-    listener.bind(str(path))
+    try:
+        listener.bind(str(path))
+    except OSError:
+        listener.close()
+        raise
     path.chmod(0o660)
     return listener

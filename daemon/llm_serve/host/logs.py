@@ -18,6 +18,7 @@ import structlog
 
 _JOURNAL = "/run/systemd/journal/socket"
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
+_LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
 _FIELD = re.compile(r"[^A-Z0-9_]")
 Event = MutableMapping[str, Any]
 
@@ -26,7 +27,11 @@ def set_up(instance: str, *, level: str, output_format: str = "auto") -> None:
     """Send structlog's events, and the standard library's records, to the place that fits this process."""
     number = logging.getLevelNamesMapping()[level.upper()]
     chosen = _choose() if output_format == "auto" else output_format
-    shared: list[Any] = [structlog.contextvars.merge_contextvars, structlog.stdlib.add_log_level, _exception_as_text]
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        _exception_as_text,
+    ]
     factory: Any = structlog.WriteLoggerFactory(file=sys.stderr)
     if chosen == "journal":
         last: list[Any] = [_to_journal]
@@ -57,7 +62,7 @@ def _choose() -> str:
 
 
 def _stderr_is_journal() -> bool:
-    """systemd names the device and inode of the stream it gave us; a redirected stderr has another."""
+    """True unless stderr was redirected: systemd names the device and inode of the stream it gave us."""
     stat = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
@@ -75,11 +80,19 @@ class _ToStructlog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         exc_info = {"exc_info": record.exc_info} if record.exc_info else {}
-        get_logger().log(min(record.levelno, logging.CRITICAL), record.getMessage(), logger=record.name, **exc_info)
+        try:
+            get_logger().log(_known_level(record.levelno), record.getMessage(), logger=record.name, **exc_info)
+        except Exception:  # noqa: BLE001 - a library's malformed record must not end what it reports on
+            self.handleError(record)
+
+
+def _known_level(number: int) -> int:
+    """The highest level that structlog knows at or below this one: libraries make up their own."""
+    return max((level for level in _LEVELS if level <= number), default=logging.DEBUG)
 
 
 class _Journal:
-    """Writes events to journald in its native protocol: one entry an event, every value a field of its own."""
+    """Writes events to journald in its native protocol: an entry for each, a field for each value."""
 
     def __init__(self, instance: str) -> None:
         self._base = {"SYSLOG_IDENTIFIER": "llm-serve", "INSTANCE": instance}
@@ -100,12 +113,17 @@ class _Journal:
 def journal_fields(event: Mapping[str, Any]) -> dict[str, str]:
     """An event as journal fields: MESSAGE, PRIORITY and one upper-case field for each value."""
     named = {key: value for key, value in event.items() if key not in {"event", "level"} and value is not None}
-    fields = {_FIELD.sub("_", key.upper()).lstrip("_"): str(value) for key, value in named.items()}
+    fields = {_field_name(key): str(value) for key, value in named.items()}
     fields["PRIORITY"] = str(_PRIORITIES.get(str(event.get("level", "info")), 6))
     # Values that explain belong into the line that people read; identifiers stay fields.
     said = [f"{key}={value}" for key, value in named.items() if key in _IN_MESSAGE]
     fields["MESSAGE"] = " ".join([str(event.get("event", "")), *said])
     return fields
+
+
+def _field_name(key: str) -> str:
+    """The name as journald takes it: at most 64 of A-Z, 0-9 and _, and a letter first."""
+    return _FIELD.sub("_", key.upper()).lstrip("_0123456789")[:64] or "UNNAMED"
 
 
 _IN_MESSAGE = ("why", "reason", "failure", "kind", "seconds", "status", "path", "method")
@@ -129,5 +147,10 @@ def relayed(value: Mapping[str, Any]) -> None:
     level = logging.getLevelNamesMapping().get(str(value["level"]), logging.INFO)
     more = {"traceback": exception["traceback"], "exception_type": exception["type"]} if exception else {}
     get_logger().log(
-        level, value["message"], vllm_process=value["process"], vllm_pid=value["pid"], logger=value["logger"], **more
+        level,
+        value["message"],
+        vllm_process=value["process"],
+        vllm_pid=value["pid"],
+        logger=value["logger"],
+        **more,
     )

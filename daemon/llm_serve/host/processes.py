@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-_SHARED_MEMORY = re.compile(r"/dev/shm/([^\s/]+)")
+_SHARED_MEMORY = re.compile(r"/dev/shm/([^\s/]+)")  # noqa: S108 - the real place
 
 
 def descendants(*, without: Iterable[int] = ()) -> list[psutil.Process]:
@@ -54,7 +54,9 @@ async def kill_all(processes: Iterable[psutil.Process], *, timeout_s: float) -> 
         with contextlib.suppress(psutil.Error):
             process.kill()
     deadline = asyncio.get_running_loop().time() + timeout_s
-    while (alive := [p for p in alive if is_alive(p)]) and asyncio.get_running_loop().time() < deadline:
+    while alive := [process for process in alive if is_alive(process)]:
+        if asyncio.get_running_loop().time() >= deadline:
+            break
         await asyncio.sleep(0.02)
     return alive
 
@@ -62,7 +64,7 @@ async def kill_all(processes: Iterable[psutil.Process], *, timeout_s: float) -> 
 def is_alive(process: psutil.Process) -> bool:
     """True while the process runs; a zombie has ended."""
     with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
 
 

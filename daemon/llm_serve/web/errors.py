@@ -6,7 +6,12 @@ from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 405: "invalid_request_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+}
 
 
 def error_response(status: int, message: str, *, code: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

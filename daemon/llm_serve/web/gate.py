@@ -1,7 +1,7 @@
 """The door before the model: who may come in, what waits for an engine, and what is in flight.
 
 A plain ASGI application, so that a streamed answer passes through without a copy or a task of its own.
-Order of questions: is the path there at all, has the caller a key, is there room, is there an engine.
+Order of questions: has the caller a key, is the path there at all, is there room, is there an engine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,13 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 OPERATIONS = frozenset({"/livez", "/readyz", "/health", "/status", "/metrics"})
+_READING = frozenset({"GET", "HEAD"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _PARAMETER = re.compile(r"\{[^}]+\}")
 
 
 class Keys:
-    """The API keys, as digests. No keys means that everybody may come in (loopback only, see the settings)."""
+    """The API keys, as digests. Without keys everybody may come in (loopback only, see the settings)."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -47,7 +49,8 @@ class Keys:
         if scheme.lower() == b"bearer":
             offered = token.strip()
         digest = hashlib.sha256(offered).digest()
-        return any([hmac.compare_digest(digest, known) for known in self._digests])  # a list: no early exit
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: no early exit
+        return any(matches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,16 @@ class Limits:
 
 
 class Gate:
-    """Lets requests through to `model` (vLLM's application) while it is open; makes them wait while it is not."""
+    """Lets requests through to `model` (vLLM's application) while it is open; else makes them wait."""
 
     def __init__(
-        self, *, keys: Keys, limits: Limits, routes: Iterable[tuple[str, str]], operations: Asgi, open_metrics: bool
+        self,
+        *,
+        keys: Keys,
+        limits: Limits,
+        routes: Iterable[tuple[str, str]],
+        operations: Asgi,
+        open_metrics: bool,
     ) -> None:
         self._keys, self._limits, self._operations = keys, limits, operations
         self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
@@ -106,7 +115,9 @@ class Gate:
         path, method = scope["path"], scope["method"]
         if path not in self._open_paths and not self._keys.allow(headers):
             await _NO_KEY(scope, receive, answer)
-        elif path in OPERATIONS or (path == "/v1/models" and self.model is None):
+        elif path in OPERATIONS and method not in _READING:
+            await _wrong_method(path, method, _READING)(scope, receive, answer)
+        elif path in OPERATIONS or (path == "/v1/models" and method == "GET" and self.model is None):
             await self._operations(scope, receive, answer)
         elif not (methods := {known for known, pattern in self._routes if pattern.fullmatch(path)}):
             await error_response(404, f"there is no {path} here.", code="not_found")(scope, receive, answer)
@@ -145,7 +156,8 @@ class Gate:
             if (answer := await self._hold(buffered)) != "admitted":
                 if answer == "gone":
                     return "aborted"
-                late = f"the engine was not ready within {self._limits.hold_timeout_s:g} s (server.hold_timeout_s)."
+                waited = f"{self._limits.hold_timeout_s:g} s (server.hold_timeout_s)"
+                late = f"the engine was not ready within {waited}."
                 return await _refuse(Refusal(late, 10), scope, receive, send)
             receive = buffered
         if self._refusal is not None:
@@ -156,9 +168,14 @@ class Gate:
         """Wait for a decision: "admitted", or "late", or "gone" when the client left meanwhile."""
         self.held += 1
         metrics.requests_held.set(self.held)
-        decided, left = asyncio.create_task(self._is_decided.wait()), asyncio.create_task(body.until_client_leaves())
+        decided, left = (
+            asyncio.create_task(self._is_decided.wait()),
+            asyncio.create_task(body.until_client_leaves()),
+        )
         try:
-            done, _ = await asyncio.wait({decided, left}, timeout=self._limits.hold_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                {decided, left}, timeout=self._limits.hold_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
             if not done:
                 return "late"
             return "admitted" if decided in done else "gone"
@@ -241,7 +258,7 @@ async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) 
 
 
 def _name_request(scope: Scope, headers: dict[bytes, bytes]) -> bytes:
-    """The request's id: the client's own if it is a plain one, else a new one, which vLLM then sees as well."""
+    """The request's id: the client's own if it is a plain one, else a new one, which vLLM then sees too."""
     given = headers.get(b"x-request-id", b"")
     if _REQUEST_ID.fullmatch(given):
         return given
@@ -251,11 +268,14 @@ def _name_request(scope: Scope, headers: dict[bytes, bytes]) -> bytes:
 
 
 _NO_KEY = error_response(
-    401, "a valid API key is needed: Authorization: Bearer KEY.", code="invalid_api_key", headers={"www-authenticate": "Bearer"}
+    401,
+    "a valid API key is needed: Authorization: Bearer KEY.",
+    code="invalid_api_key",
+    headers={"www-authenticate": "Bearer"},
 )
 
 
-def _wrong_method(path: str, method: str, methods: set[str]) -> Asgi:
+def _wrong_method(path: str, method: str, methods: AbstractSet[str]) -> Asgi:
     allow = {"allow": ", ".join(sorted(methods))}
     return error_response(405, f"{path} does not take {method}.", code="method_not_allowed", headers=allow)
 

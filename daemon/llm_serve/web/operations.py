@@ -32,12 +32,12 @@ def create(snapshot: Callable[[], Snapshot], model_names: tuple[str, ...]) -> Fa
         body = {"state": now.state, "phase": now.phase, "progress": now.progress, "why": now.why}
         return JSONResponse(body, 503, {"retry-after": "5"})
 
-    @app.get("/status")
+    @app.api_route("/status", methods=["GET", "HEAD"])
     async def status() -> Response:
         """Everything that the supervisor knows."""
         return JSONResponse(snapshot().to_json())
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def scrape() -> Response:
         """Ours and vLLM's, for Prometheus."""
         return Response(metrics.render(), media_type=metrics.CONTENT_TYPE)

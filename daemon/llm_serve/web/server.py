@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
     async def start(self) -> None:
         """Accept connections from now on."""
         self._task = asyncio.create_task(self.serve(sockets=[self._listener]))
-        while not self.started and not self._task.done():
+        while not self.started and not self._task.done():  # noqa: ASYNC110 - uvicorn sets a flag, no event
             await asyncio.sleep(0.005)
 
     async def stop(self) -> None:
