@@ -26,7 +26,7 @@ import llm_serve
 MODEL_NAME = "smollm2-135m-instruct"
 ENGINE: Mapping[str, Any] = {
     "served_model_name": [MODEL_NAME],
-    "dtype": "bfloat16",
+    "dtype": "float32",
     "max_model_len": 2048,
     "max_num_seqs": 16,
     "enforce_eager": True,

@@ -28,7 +28,7 @@ async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
     from llm_serve.engine.factory import Factory, Origin
 
     arguments = {
-        "dtype": "bfloat16",
+        "dtype": "float32",
         "max_model_len": 1024,
         "max_num_seqs": 16,
         "enforce_eager": True,

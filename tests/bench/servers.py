@@ -21,7 +21,7 @@ import psutil
 
 MODEL_NAME = "bench"
 ARGUMENTS = {
-    "dtype": "bfloat16",
+    "dtype": "float32",
     "max_model_len": 2048,
     "max_num_seqs": 16,
     "enforce_eager": True,

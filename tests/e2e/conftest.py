@@ -1,4 +1,4 @@
-"""Daemons for the tests: one shared by all that only ask it something, and fresh ones; never two at a time."""
+"""Daemons for the tests: shared by those that leave them serving, or fresh; never two at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
-from tests.daemon import Daemon
+from tests.daemon import Daemon, Tables
 
-SHARED = {
+SHARED: Tables = {
     "server": {"anthropic_messages": True},
     "engine": {"tool_call_parser": "hermes", "enable_auto_tool_choice": True},
 }
@@ -26,23 +26,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Stage:
-    """At most one daemon runs here."""
+    """At most one daemon runs here, and it runs on for as long as the same one is asked for."""
 
     def __init__(self, model: Path) -> None:
         self.model = model
-        self._shared: Daemon | None = None
+        self._running: Daemon | None = None
+        self._tables: Tables = {}
 
-    def shared(self) -> Daemon:
-        """The shared daemon, ready."""
-        if self._shared is None:
-            self._shared = Daemon(self.model, SHARED).start()
-        return self._shared.wait_ready()
+    def reuse(self, tables: Tables) -> Daemon:
+        """A ready daemon with these settings."""
+        if self._running is None or self._tables != tables:
+            self.clear()
+            self._running, self._tables = Daemon(self.model, tables).start(), tables
+        return self._running.wait_ready()
 
     def clear(self) -> None:
-        """End the shared daemon, if it runs."""
-        if self._shared is not None:
-            shared, self._shared = self._shared, None
-            shared.destroy()
+        """End what runs."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.destroy()
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +64,7 @@ def stage(model: Path) -> Iterator[Stage]:
 @pytest.fixture
 def shared(stage: Stage) -> Daemon:
     """A ready daemon that other tests use too: leave it serving."""
-    return stage.shared()
+    return stage.reuse(SHARED)
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def daemon(stage: Stage) -> Iterator[Callable[..., Daemon]]:
     """A maker of daemons of this test's own. The last one made is the one that runs."""
     made: list[Daemon] = []
 
-    def make(tables: Any = None, **options: Any) -> Daemon:
+    def make(tables: Tables | None = None, **options: Any) -> Daemon:
         stage.clear()
         for earlier in made:
             earlier.destroy()

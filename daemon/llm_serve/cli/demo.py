@@ -20,7 +20,7 @@ anthropic_messages = true
 
 [engine]
 served_model_name = ["smollm2-135m-instruct"]
-dtype = "bfloat16"
+dtype = "float32"
 max_model_len = 2048
 max_num_seqs = 16
 enforce_eager = true
@@ -29,8 +29,9 @@ kv_cache_memory_bytes = 536870912
 _CURL = """
 Ready after {seconds:.0f} s. Try it from another terminal:
 
-  curl http://{listen}/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{{"model": "smollm2-135m-instruct", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+  curl http://{listen}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+    "model": "smollm2-135m-instruct", "temperature": 0,
+    "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
 Ctrl-C ends it.
 """

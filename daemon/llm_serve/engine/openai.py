@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from llm_serve.web.errors import error_response
+
 
 def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed: frozenset[tuple[str, str]]) -> Any:
     """vLLM's FastAPI application with only the allowed routes. It needs `bind` before it can answer."""  # noqa: D403 - its name
@@ -22,6 +24,7 @@ def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed:
         args.allowed_origins = []
     app = vllm_build_app(args, tuple(tasks), model_config)
     app.router.routes = [route for route in app.router.routes if _is_allowed(route, allowed)]
+    app.router.default = _not_served
     # vLLM's error handlers look at a server that they may stop; ours is not theirs to stop.
     app.state.server = SimpleNamespace(should_exit=False)
     return app
@@ -30,6 +33,12 @@ def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed:
 def _is_allowed(route: Any, allowed: frozenset[tuple[str, str]]) -> bool:
     path = getattr(route, "path", None)
     return any((method, path) in allowed for method in getattr(route, "methods", None) or ())
+
+
+async def _not_served(scope: Any, receive: Any, send: Any) -> None:
+    """Answer for a route that is allowed, but that vLLM does not have for this model: 404 as an OpenAI error."""
+    message = f"the model that is served here does not do {scope['path']}."
+    await error_response(404, message, code="not_found")(scope, receive, send)
 
 
 async def bind(app: Any, survivor: Any, args: Namespace, tasks: Sequence[str]) -> None:

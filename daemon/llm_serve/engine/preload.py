@@ -48,6 +48,8 @@ def _load(names: Iterator[str]) -> None:
             logging.getLogger("vllm.llm_serve").warning("preload of %s failed: %s", name, error)
 
 
+# Ctrl-C in a terminal, and `timeout`, signal the whole process group: the daemon must drain before its engine ends.
+os.setsid()
 forkserver.die_with_parent()
 forkserver.adopt_orphans()
 _write_to(os.environ.get(forkserver.OUTPUT_VARIABLE, ""))

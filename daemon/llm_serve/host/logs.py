@@ -35,9 +35,10 @@ def set_up(instance: str, *, level: str, output_format: str = "auto") -> None:
     factory: Any = structlog.WriteLoggerFactory(file=sys.stderr)
     if chosen == "journal":
         last: list[Any] = [_to_journal]
-        factory = lambda *_: _Journal(instance)  # noqa: E731 - structlog wants a callable
+        journal = _Journal(instance)
+        factory = lambda *_: journal  # noqa: E731 - structlog asks for a logger at each event
     elif chosen == "json":
-        last = [structlog.processors.TimeStamper(fmt="iso"), structlog.processors.JSONRenderer()]
+        last = [structlog.processors.TimeStamper(fmt="iso"), structlog.processors.JSONRenderer(_as_json)]
     else:
         stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
         last = [stamp, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=44)]
@@ -69,6 +70,15 @@ def _stderr_is_journal() -> bool:
 
 def _exception_as_text(_logger: Any, _method: str, event: Event) -> Event:
     return structlog.processors.format_exc_info(_logger, _method, event)
+
+
+def _as_json(event: Mapping[str, Any], **_: Any) -> str:
+    """One line of JSON; what JSON has no form for is written as Python shows it."""
+    try:
+        return json.dumps(event, default=repr, allow_nan=False)
+    except (TypeError, ValueError):
+        plain = {key: value if isinstance(value, str | int) else repr(value) for key, value in event.items()}
+        return json.dumps(plain)
 
 
 def _to_journal(_logger: Any, _method: str, event: Event) -> tuple[tuple[Event], dict[str, Any]]:
@@ -105,7 +115,7 @@ class _Journal:
         try:
             self._socket.sendto(payload, _JOURNAL)
         except OSError:
-            print(json.dumps(event, default=str), file=sys.stderr)
+            print(_as_json(event), file=sys.stderr)
 
     debug = info = warning = error = critical = fatal = exception = log = msg
 

@@ -1,0 +1,59 @@
+# Every target can be called on a bare machine: what it needs, it makes first. `make` alone says what there is.
+
+VENV        ?= .venv
+BACKEND     ?= auto
+PYTHON      ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS  ?= http://127.0.0.1:8000
+
+BIN     := $(VENV)/bin
+INSTALL := $(PYTHON) packaging/install --venv $(VENV) --backend $(BACKEND)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev demo test check lint types unit-verify format bench lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  BACKEND=cpu|cuda picks the build of vLLM (default: what the machine has); VENV=DIR the place;"
+	@echo "  PYTEST_ARGS='-k word' goes to pytest, BENCH_ARGS=URL to the load generator."
+
+setup: ## make the environment (.venv) from the locks; a second run ends at once
+	@$(INSTALL)
+
+dev: ## as setup, with what tests and checks need
+	@$(INSTALL) --dev
+
+demo: setup ## serve the embedded model on 127.0.0.1:8000, on the CPU or the GPU
+	@$(BIN)/llm-serve demo
+
+test: dev ## run all tests (as root it first installs the programs that some of them need)
+	@packaging/test-tools
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types test unit-verify ## everything that must hold: lint, strict types, tests, units
+
+lint: dev ## ruff: every rule that is on, and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: dev ## mypy, strict
+	@$(BIN)/mypy
+	@$(BIN)/mypy --scripts-are-modules packaging/install packaging/lock
+
+unit-verify: ## systemd-analyze verify of the shipped units
+	@packaging/verify-units
+
+format: dev ## let ruff rewrite the layout
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+bench: setup ## load test of a running server
+	@$(BIN)/llm-serve bench $(BENCH_ARGS)
+
+lock: dev ## resolve the locks anew (packaging/locks/README.md)
+	@$(BIN)/python packaging/lock --uv $(BIN)/uv
+
+clean: ## remove the environment and every cache of the source tree; the demo's model stays
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

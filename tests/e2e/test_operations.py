@@ -1,0 +1,277 @@
+"""What operators and machines see over an instance's life: loading, serving, recovering, draining, gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from tests.daemon import MODEL_NAME, Daemon, eventually
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+MakeDaemon = Callable[..., Daemon]
+
+
+def assert_unavailable(answer: httpx.Response, phrase: str) -> None:
+    """503 with a time to come back and OpenAI's form of an error."""
+    assert 503 == answer.status_code, answer.text
+    assert int(answer.headers["retry-after"]) > 0
+    assert "engine_unavailable" == answer.json()["error"]["code"]
+    assert phrase in answer.json()["error"]["message"]
+
+
+def assert_nothing_left(daemon: Daemon) -> None:
+    """No process, no shared memory, no file of a daemon that has ended."""
+    assert [] == daemon.processes()
+    assert [] == daemon.new_shared_memory()
+    assert [] == daemon.temporary_files()
+
+
+def kill_engine(daemon: Daemon, which: int = 0) -> None:
+    """SIGKILL one of the engine's processes, as the kernel's OOM killer does."""
+    os.kill(daemon.status()["engine_pids"][which], signal.SIGKILL)
+
+
+# ---- while the model loads --------------------------------------------------------------------------
+
+
+def test_operations_answer_while_the_model_loads(daemon: MakeDaemon) -> None:
+    """From the start: alive, not ready and why, status, metrics, and the names of the models."""
+    loading = daemon().wait_for_answers()
+
+    alive, ready, health = (loading.http.get(path) for path in ("/livez", "/readyz", "/health"))
+    models, status = loading.http.get("/v1/models"), loading.status()
+
+    assert 200 == alive.status_code
+    assert (503, 503) == (ready.status_code, health.status_code)
+    assert "starting" == ready.json()["state"]
+    assert ready.json()["phase"]
+    assert 0 <= ready.json()["progress"] < 1
+    assert int(ready.headers["retry-after"]) > 0
+    assert [MODEL_NAME] == [model["id"] for model in models.json()["data"]]
+    assert "starting" == status["state"]
+    assert loading.pid == status["pid"]
+    assert 1.0 == loading.metric('llm_serve_state{state="starting"}')
+    assert 0.0 == loading.metric('llm_serve_state{state="serving"}')
+
+
+def test_a_request_sent_while_the_model_loads_is_answered(daemon: MakeDaemon) -> None:
+    """A client that comes too early waits, and gets its answer instead of an error."""
+    loading = daemon().wait_for_answers()
+
+    asked = loading.later(loading.chat)
+    eventually(lambda: loading.status()["requests_held"], lambda held: held == 1, within_s=10, what="requests_held")
+
+    assert "starting" == loading.status()["state"]
+    assert 200 == asked.result().status_code
+    assert 0 == loading.status()["requests_held"]
+    assert 1.0 == loading.metric('llm_serve_requests_total{outcome="completed"}')
+
+
+def test_one_more_than_max_queued_is_refused_at_once(daemon: MakeDaemon) -> None:
+    """A full queue answers 503 within milliseconds, and the one who waits goes on waiting."""
+    loading = daemon({"server": {"max_queued": 1}}).wait_for_answers()
+    first = loading.later(loading.chat)
+    eventually(lambda: loading.status()["requests_held"], lambda held: held == 1, within_s=10, what="requests_held")
+
+    refused = [loading.chat() for _ in range(5)]
+
+    for answer in refused:
+        assert_unavailable(answer, "server.max_queued")
+    assert 0.05 > min(answer.elapsed.total_seconds() for answer in refused)
+    assert not first.is_done
+    assert 1 == loading.status()["requests_held"]
+    assert 5.0 == loading.metric('llm_serve_requests_total{outcome="rejected"}')
+
+
+def test_a_wait_ends_with_hold_timeout(daemon: MakeDaemon) -> None:
+    """A request waits for hold_timeout_s and no longer."""
+    loading = daemon({"server": {"hold_timeout_s": 1}}).wait_for_answers()
+
+    began = time.monotonic()
+    answer = loading.chat()
+
+    assert_unavailable(answer, "server.hold_timeout_s")
+    assert 1 <= time.monotonic() - began < 5
+
+
+def test_a_client_that_leaves_does_not_wait_on(daemon: MakeDaemon) -> None:
+    """Who hangs up while waiting gives its place in the queue back."""
+    loading = daemon({"server": {"max_queued": 1}}).wait_for_answers()
+
+    with httpx.Client(base_url=loading.url, timeout=1, trust_env=False) as impatient, pytest.raises(httpx.ReadTimeout):
+        impatient.post("/v1/completions", json={"model": MODEL_NAME, "prompt": "x"})
+
+    eventually(lambda: loading.status()["requests_held"], lambda held: held == 0, within_s=5, what="requests_held")
+    assert 1.0 == loading.metric('llm_serve_requests_total{outcome="aborted"}')
+    assert 0.0 == loading.metric("llm_serve_requests_held")
+
+
+@pytest.mark.parametrize("after_s", [0, 6], ids=["at once", "with an engine coming up"])
+def test_a_stop_while_the_model_loads_is_clean(daemon: MakeDaemon, after_s: float) -> None:
+    """SIGTERM during a start: whoever waits is told so, the status is 0, and nothing is left."""
+    loading = daemon().wait_for_answers()
+    waiting = loading.later(loading.chat)
+    eventually(lambda: loading.status()["requests_held"], lambda held: held == 1, within_s=10, what="requests_held")
+    time.sleep(after_s)  # the start itself is what has to be interrupted
+    assert "starting" == loading.status()["state"]
+
+    loading.stop()
+
+    assert_unavailable(waiting.result(5), "stopping")
+    assert_nothing_left(loading)
+
+
+# ---- when the engine dies ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["core", "worker"])
+def test_an_idle_engine_that_is_killed_is_replaced(shared: Daemon, which: int) -> None:
+    """The next request waits for the next engine and is answered; the daemon stays the same process."""
+    before = shared.status()
+    kill_engine(shared, which)
+
+    answer = shared.chat()
+
+    after = shared.status()
+    assert 200 == answer.status_code, answer.text
+    assert "serving" == after["state"]
+    assert before["pid"] == after["pid"]
+    assert before["epoch"] + 1 == after["epoch"]
+    assert set() == set(before["engine_pids"]) & set(after["engine_pids"])
+    assert after["last_failure"].startswith(("killed:", "crashed:"))
+
+
+def test_streams_of_an_engine_that_is_killed_end_with_an_error(shared: Daemon) -> None:
+    """No stream ends as if it were complete; each is told, and the next request is served by the next engine."""
+    before = shared.status()
+    cut = shared.metric('llm_serve_requests_total{outcome="interrupted"}')
+    with shared.stream(1900) as first, shared.stream(1900) as second, shared.stream(1900) as third:
+        for stream in (first, second, third):
+            stream.wait_for_tokens(3)
+        kill_engine(shared)
+
+        for stream in (first, second, third):
+            stream.wait(30)
+            assert 1 == len(stream.errors), stream.events[-2:]
+            assert "engine_restarted" in stream.errors[0]["message"]
+            assert [] == stream.finish_reasons
+
+    recovering = shared.http.get("/readyz")
+    assert 503 == recovering.status_code
+    assert "recovering" == recovering.json()["state"]
+    assert 200 == shared.http.get("/livez").status_code
+    assert 200 == shared.http.get("/v1/models").status_code
+    assert 200 == shared.chat().status_code
+    after = shared.status()
+    assert ("serving", before["pid"]) == (after["state"], after["pid"])
+    assert cut + 3 == shared.metric('llm_serve_requests_total{outcome="interrupted"}')
+
+
+def test_a_request_without_output_yet_is_replayed(shared: Daemon) -> None:
+    """An answer that is not streamed has delivered nothing when its engine dies: the client never knows."""
+    replayed = shared.metric('llm_serve_requests_total{outcome="replayed"}')
+    body = {"model": MODEL_NAME, "prompt": "One, two,", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+    asked = shared.later(lambda: shared.http.post("/v1/completions", json=body))
+    running = "vllm:num_requests_running"
+    eventually(
+        lambda: [line for line in shared.http.get("/metrics").text.splitlines() if line.startswith(running)],
+        lambda lines: any(line.endswith(" 1.0") for line in lines),
+        within_s=30,
+        what=running,
+    )
+    kill_engine(shared)
+
+    answer = asked.result()
+
+    assert 200 == answer.status_code, answer.text
+    assert 400 == answer.json()["usage"]["completion_tokens"]
+    assert "length" == answer.json()["choices"][0]["finish_reason"]
+    assert replayed + 1 == shared.metric('llm_serve_requests_total{outcome="replayed"}')
+
+
+def test_the_engines_own_counters_do_not_go_backwards(shared: Daemon) -> None:
+    """A counter of vLLM's that shrank when the engine was replaced would look like a burst to Prometheus."""
+    series = f'vllm:generation_tokens_total{{engine="0",model_name="{MODEL_NAME}"}}'
+    assert 200 == shared.chat(max_tokens=20, ignore_eos=True).status_code
+    before = eventually(lambda: shared.metric(series), lambda seen: seen >= 20, within_s=10, what=series)
+    kill_engine(shared)
+
+    assert 200 == shared.chat(max_tokens=1).status_code
+
+    assert before < eventually(lambda: shared.metric(series), lambda seen: seen > 0, within_s=10, what=series)
+
+
+# ---- the end ----------------------------------------------------------------------------------------
+
+
+def test_a_stop_lets_a_stream_finish(daemon: MakeDaemon) -> None:
+    """SIGTERM: what runs is finished, what comes is refused with a time to come back, and nothing is left."""
+    serving = daemon().wait_ready()
+    with serving.stream(300) as stream:
+        stream.wait_for_tokens(3)
+
+        serving.signal(signal.SIGTERM)
+        draining = serving.wait_until(lambda seen: seen.status_code == 503, within_s=5)
+        refused = serving.chat()
+
+        assert "draining" == draining.json()["state"]
+        assert_unavailable(refused, "stopping")
+        stream.wait()
+        assert [] == stream.errors
+        assert ["length"] == stream.finish_reasons
+        assert "[DONE]" == stream.end
+    assert 0 == serving.wait_for_exit()
+    assert_nothing_left(serving)
+
+
+def test_a_second_stop_cuts_streams_with_an_error(daemon: MakeDaemon) -> None:
+    """SIGTERM twice: the stream ends at once, with an error and not as if it were complete."""
+    serving = daemon().wait_ready()
+    with serving.stream(1900) as stream:
+        stream.wait_for_tokens(3)
+        serving.signal(signal.SIGTERM)
+        serving.wait_until(lambda seen: seen.status_code == 503, within_s=5)
+        serving.signal(signal.SIGTERM)
+
+        stream.wait(10)
+
+        assert 1 == len(stream.errors), stream.events[-2:]
+        assert [] == stream.finish_reasons
+    assert 0 == serving.wait_for_exit(20)
+    assert_nothing_left(serving)
+
+
+def test_a_drain_ends_with_its_timeout(daemon: MakeDaemon) -> None:
+    """After drain_timeout_s a stream that is not done is cut with an error."""
+    serving = daemon({"server": {"drain_timeout_s": 2}}).wait_ready()
+    with serving.stream(1900) as stream:
+        stream.wait_for_tokens(3)
+        began = time.monotonic()
+        serving.signal(signal.SIGTERM)
+
+        stream.wait(15)
+
+        assert 2 <= time.monotonic() - began < 12
+        assert 1 == len(stream.errors), stream.events[-2:]
+    assert 0 == serving.wait_for_exit(20)
+    assert "drain deadline passed" in serving.log()
+
+
+def test_no_process_survives_a_killed_daemon(daemon: MakeDaemon) -> None:
+    """SIGKILL of the daemon takes its engine with it within two seconds, and its successor starts in the same place."""
+    killed = daemon().wait_ready()
+    assert 3 <= len(killed.processes())
+
+    killed.signal(signal.SIGKILL)
+
+    assert -signal.SIGKILL == killed.wait_for_exit(2)
+    eventually(killed.processes, lambda left: left == [], within_s=2, what="processes left")
+    assert [] == killed.new_shared_memory()
+    killed.start().wait_for_answers().stop()
+    assert_nothing_left(killed)

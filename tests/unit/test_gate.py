@@ -1,0 +1,639 @@
+"""The door before the model: keys, paths, waiting, refusing, and bodies and streams that pass unharmed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+from llm_serve import metrics, passage
+from llm_serve.core.status import Snapshot
+from llm_serve.engine.openai_routes import allowed
+from llm_serve.web import operations
+from llm_serve.web.gate import Gate, Keys, Limits, Message, Receive, Scope, Send
+
+COMPLETIONS = "/v1/completions"
+KEY = {"authorization": "Bearer right"}
+
+
+@dataclass
+class Call:
+    """One client: its request in pieces, and what came back."""
+
+    path: str = COMPLETIONS
+    method: str = "POST"
+    headers: dict[str, str] = field(default_factory=dict)
+    pieces: tuple[bytes, ...] = (b"{}",)
+    answers: list[Message] = field(default_factory=list)
+    leaves: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def ask(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> Call:
+        """Send the request and keep the answer."""
+        headers = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": self.method,
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": headers,
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 8000),
+        }
+        await app(scope, self._receive_from(list(self.pieces)), self._send)
+        return self
+
+    def _receive_from(self, rest: list[bytes]) -> Receive:
+        async def receive() -> Message:
+            if rest:
+                piece = rest.pop(0)
+                return {"type": "http.request", "body": piece, "more_body": bool(rest)}
+            await self.leaves.wait()
+            return {"type": "http.disconnect"}
+
+        return receive
+
+    async def _send(self, message: Message) -> None:
+        self.answers.append(message)
+
+    @property
+    def status(self) -> int:
+        """The status of the answer."""
+        return int(self.answers[0]["status"])
+
+    @property
+    def head(self) -> dict[str, str]:
+        """The headers of the answer."""
+        return {name.decode(): value.decode() for name, value in self.answers[0]["headers"]}
+
+    @property
+    def body(self) -> bytes:
+        """The body of the answer."""
+        return b"".join(message.get("body", b"") for message in self.answers[1:])
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object of the answer."""
+        error: dict[str, Any] = json.loads(self.body)["error"]
+        return error
+
+
+class Model:
+    """Stands for vLLM's application: answers with the body that it was sent, in pieces."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bytes]] = []
+        self.ids: list[bytes] = []
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the whole body, then answer."""
+        body, more = b"", True
+        while more:
+            message = await receive()
+            assert message["type"] == "http.request"
+            body += message["body"]
+            more = message["more_body"]
+        self.seen.append((scope["path"], body))
+        self.ids.append(dict(scope["headers"])[b"x-request-id"])
+        await self.go_on.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"inner")]})
+        await send({"type": "http.response.body", "body": body[:1], "more_body": True})
+        await send({"type": "http.response.body", "body": body[1:]})
+
+
+def snapshot() -> Snapshot:
+    """An instance that is starting."""
+    return Snapshot(
+        instance="a",
+        model="m",
+        state="starting",
+        why="w",
+        since=0.0,
+        started=0.0,
+        uptime_s=0.0,
+        phase="loading weights",
+        progress=0.4,
+        version="1",
+        vllm_version="0.32.0",
+        pid=1,
+        listen="127.0.0.1:8000",
+        source="a.toml",
+    )
+
+
+def gate(
+    keys: Iterable[str] = (), *, max_queued: int = 2, hold_timeout_s: float = 30.0, open_metrics: bool = False
+) -> Gate:
+    """A gate that holds, as at the start of a daemon."""
+    return Gate(
+        keys=Keys(keys),
+        limits=Limits(max_queued, hold_timeout_s),
+        routes=allowed(anthropic_messages=False),
+        operations=operations.create(snapshot, ("qwen",)),
+        open_metrics=open_metrics,
+    )
+
+
+def open_gate(keys: Iterable[str] = ()) -> tuple[Gate, Model]:
+    """A gate that lets through, and the model behind it."""
+    door, model = gate(keys), Model()
+    door.open(model)
+    return door, model
+
+
+def counted(outcome: str) -> float:
+    """Requests that have ended like this."""
+    return REGISTRY.get_sample_value("llm_serve_requests_total", {"outcome": outcome}) or 0.0
+
+
+@contextlib.asynccontextmanager
+async def waiting(door: Gate, *calls: Call) -> AsyncIterator[list[asyncio.Task[Call]]]:
+    """Calls that wait at the gate."""
+    tasks = [asyncio.create_task(call.ask(door)) for call in calls]
+    async with asyncio.timeout(10):
+        while door.held < len(calls):
+            await asyncio.sleep(0)
+    yield tasks
+    for call in calls:
+        call.leaves.set()
+
+
+# Who may come in.
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"authorization": "Bearer "}, 401),
+        ({"authorization": "right"}, 401),
+        ({"authorization": "Basic right"}, 401),
+        ({"x-api-key": "wrong"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"authorization": "Bearer wrong", "x-api-key": "right"}, 401),
+        ({"authorization": "Bearer right"}, 200),
+        ({"AUTHORIZATION": "bearer  right "}, 200),
+        ({"Authorization": "BEARER second"}, 200),
+        ({"X-Api-Key": "right"}, 200),
+        ({"authorization": "Basic dTpw", "x-api-key": "second"}, 200),
+    ],
+)
+async def test_a_request_needs_one_of_the_keys(headers: dict[str, str], status: int) -> None:
+    """Any of the keys opens, as a bearer token or as x-api-key, and nothing else does."""
+    door, _ = open_gate(["right", "second"])
+
+    call = await Call(headers=headers).ask(door)
+
+    assert status == call.status
+
+
+async def test_a_refused_key_is_an_openai_error() -> None:
+    """401 says what is needed, in the form that clients parse, and leaves nothing running."""
+    door, model = open_gate(["right"])
+
+    call = await Call().ask(door)
+
+    assert ("authentication_error", "invalid_api_key") == (call.error["type"], call.error["code"])
+    assert "Bearer" == call.head["www-authenticate"]
+    assert (0, []) == (door.in_flight, model.seen)
+
+
+async def test_without_keys_everybody_may_come_in() -> None:
+    """An instance on loopback without a key file asks nobody."""
+    door, _ = open_gate()
+
+    assert 200 == (await Call(headers={"authorization": "Bearer any"}).ask(door)).status
+
+
+@pytest.mark.parametrize(
+    ("path", "open_metrics", "status"),
+    [
+        ("/livez", False, 200),
+        ("/readyz", False, 503),
+        ("/health", False, 401),
+        ("/status", False, 401),
+        ("/metrics", False, 401),
+        ("/metrics", True, 200),
+        ("/status", True, 401),
+        ("/v1/models", True, 401),
+        ("/nothing", True, 401),
+    ],
+)
+async def test_only_probes_are_open_without_a_key(path: str, open_metrics: bool, status: int) -> None:
+    """/livez and /readyz tell nothing that is worth a key; /metrics only when the file says so."""
+    call = await Call(path, "GET").ask(gate(["right"], open_metrics=open_metrics))
+
+    assert status == call.status
+
+
+def test_a_wrong_key_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the answer does not tell which key was nearly right."""
+    compared: list[bytes] = []
+    monkeypatch.setattr("llm_serve.web.gate.hmac.compare_digest", lambda _, known: compared.append(known) or True)
+
+    assert Keys(["a", "b", "c"]).allow({b"x-api-key": b"a"})
+    assert 3 == len(set(compared))
+
+
+# Which paths there are.
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "",
+        "*",
+        "//v1/models",
+        "/v1/models/",
+        "/v1/models\n",
+        "/v1//models",
+        "/v1/../metrics",
+        "/v1/%6dodels",
+        "/V1/models",
+        "/v1/models;a",
+        "/livez/",
+        "//livez",
+        "/metrics/../v1/completions",
+        "/docs",
+        "/openapi.json",
+        "/v1/responses",
+        "/v1/responses/a/b",
+        "/v1/responses//cancel",
+        "/sleep",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/v1/load_lora_adapter",
+        "/v1/messages",
+        "\u0000",
+        "/v1/completions\u2028",
+    ],
+)
+async def test_what_is_not_on_the_list_is_not_there(path: str) -> None:
+    """Tricks with slashes, case, dots and escapes meet 404 or 405, never the model."""
+    door, model = open_gate()
+
+    call = await Call(path, "GET", {"host": "\x7f evil.example/v1"}).ask(door)
+
+    assert call.status == (405 if path == "/v1/responses" else 404)
+    assert "error" in json.loads(call.body)
+    assert [] == model.seen
+
+
+@pytest.mark.parametrize("host", ["", "evil.example", "a b", "[::1", "localhost:99999", "x" * 5000])
+async def test_the_host_header_decides_nothing(host: str) -> None:
+    """Whatever a client calls us, the path is what is asked for."""
+    door, _ = open_gate(["right"])
+
+    assert 200 == (await Call("/livez", "GET", {"host": host}).ask(door)).status
+    assert 401 == (await Call(COMPLETIONS, "POST", {"host": host}).ask(door)).status
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "allow"),
+    [
+        (COMPLETIONS, "GET", "POST"),
+        (COMPLETIONS, "DELETE", "POST"),
+        ("/v1/models", "POST", "GET"),
+        ("/v1/responses/r1", "POST", "GET"),
+        ("/livez", "POST", "GET, HEAD"),
+        ("/metrics", "PUT", "GET, HEAD"),
+        ("/status", "get", "GET, HEAD"),
+    ],
+)
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_a_wrong_method_is_told_the_right_one(path: str, method: str, allow: str, is_open: bool) -> None:
+    """405 carries Allow and an OpenAI error, with an engine and without."""
+    door = open_gate()[0] if is_open else gate()
+
+    call = await Call(path, method).ask(door)
+
+    assert (405, allow, "method_not_allowed") == (call.status, call.head["allow"], call.error["code"])
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/status", "/metrics"])
+async def test_operations_answer_head_as_get(path: str) -> None:
+    """A probe that asks for the head alone gets the status that GET has."""
+    statuses = {(await Call(path, method).ask(gate())).status for method in ("GET", "HEAD")}
+
+    assert {503 if path in {"/readyz", "/health"} else 200} == statuses
+
+
+async def test_models_are_listed_before_there_is_an_engine() -> None:
+    """/v1/models answers with the names of the file, and later with what the model says."""
+    door, model = gate(), Model()
+
+    early = await Call("/v1/models", "GET").ask(door)
+    door.open(model)
+    await Call("/v1/models", "GET").ask(door)
+
+    assert ["qwen"] == [each["id"] for each in json.loads(early.body)["data"]]
+    assert [("/v1/models", b"{}")] == model.seen
+
+
+async def test_readiness_tells_how_far_the_start_has_come() -> None:
+    """503 of /readyz has the state, the phase and when to ask again."""
+    call = await Call("/readyz", "GET").ask(gate())
+
+    assert {"state": "starting", "phase": "loading weights", "progress": 0.4, "why": "w"} == json.loads(call.body)
+    assert "5" == call.head["retry-after"]
+
+
+# The request's name.
+@pytest.mark.parametrize("name", ["abc", "a.b:c_d-1", "x" * 128])
+async def test_a_plain_request_id_is_kept(name: str) -> None:
+    """The client's own id comes back, and is the one that the model sees."""
+    door, model = open_gate()
+
+    call = await Call(headers={"X-Request-ID": name}).ask(door)
+
+    assert name == call.head["x-request-id"]
+    assert [name.encode()] == model.ids
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 129, "a\x1b[31m", "é", "<script>", "a\n"])
+async def test_an_odd_request_id_is_replaced(name: str) -> None:
+    """What could break a log line or a header is not taken over; the model sees the new one too."""
+    door, model = open_gate()
+
+    call = await Call(headers={"x-request-id": name}).ask(door)
+
+    given = call.head["x-request-id"]
+    assert 32 == len(given)
+    assert [given.encode()] == model.ids
+
+
+@pytest.mark.parametrize("path", ["/livez", "/nothing", COMPLETIONS])
+async def test_every_answer_has_one_request_id(path: str) -> None:
+    """Whoever answers, the header is there once; the model's own is replaced."""
+    door, _ = open_gate(["right"])
+
+    for headers in ({}, KEY):
+        call = await Call(path, headers=dict(headers)).ask(door)
+        assert 1 == [name for name, _ in call.answers[0]["headers"]].count(b"x-request-id")
+
+
+# Waiting.
+async def test_a_held_request_is_answered_when_the_gate_opens() -> None:
+    """Requests that came too early wait, and are then served as if nothing had been."""
+    door, model, before = gate(), Model(), counted("completed")
+    calls = [Call(pieces=(b"first",)), Call(pieces=(b"second",))]
+
+    async with waiting(door, *calls) as tasks:
+        assert 2.0 == REGISTRY.get_sample_value("llm_serve_requests_held")
+        door.open(model)
+        await asyncio.gather(*tasks)
+
+    assert [b"first", b"second"] == [call.body for call in calls]
+    assert (0, 0, 0.0) == (door.held, door.in_flight, REGISTRY.get_sample_value("llm_serve_requests_held"))
+    assert before + 2 == counted("completed")
+
+
+@pytest.mark.parametrize(
+    "pieces", [(b"",), (b"x" * 100_000,), (b"a", b"b", b"", b"c"), tuple(b"%d" % n for n in range(500))]
+)
+async def test_a_body_survives_the_wait(pieces: tuple[bytes, ...]) -> None:
+    """What was read ahead while waiting reaches the model whole and in order."""
+    door, model = gate(), Model()
+    call = Call(pieces=pieces)
+
+    async with waiting(door, call) as tasks:
+        for _ in range(len(pieces) + 5):
+            await asyncio.sleep(0)
+        door.open(model)
+        await tasks[0]
+
+    assert [(COMPLETIONS, b"".join(pieces))] == model.seen
+
+
+async def test_a_body_that_is_still_on_its_way_survives_the_wait() -> None:
+    """A read that is under way when the gate opens is handed to the model, not lost."""
+    door, model, rest, answers = gate(), Model(), asyncio.Queue[Message](), list[Message]()
+    rest.put_nowait({"type": "http.request", "body": b"one ", "more_body": True})
+    scope: Scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": []}
+
+    async def send(message: Message) -> None:
+        answers.append(message)
+
+    task = asyncio.create_task(door(scope, rest.get, send))
+    while not door.held or rest.qsize():
+        await asyncio.sleep(0)
+    door.open(model)
+    while door.held:
+        await asyncio.sleep(0)
+    rest.put_nowait({"type": "http.request", "body": b"two", "more_body": False})
+    await task
+
+    assert [(COMPLETIONS, b"one two")] == model.seen
+    assert 200 == answers[0]["status"]
+
+
+async def test_the_model_learns_of_a_client_that_leaves_after_the_wait() -> None:
+    """The disconnect still reaches the application through what was read ahead."""
+    door, heard = gate(), asyncio.Event()
+
+    async def listening(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"
+        heard.set()
+
+    call, before = Call(), counted("aborted")
+    async with waiting(door, call) as tasks:
+        door.open(listening)
+        await asyncio.sleep(0)
+        call.leaves.set()
+        await tasks[0]
+
+    assert heard.is_set()
+    assert before + 1 == counted("aborted")
+
+
+async def test_a_client_that_leaves_while_it_waits_makes_room() -> None:
+    """Its place is free at once, nothing is answered, and it counts as aborted."""
+    door, call, before = gate(max_queued=1), Call(), counted("aborted")
+
+    async with waiting(door, call) as tasks:
+        call.leaves.set()
+        await tasks[0]
+
+    assert ([], 0, 0) == (call.answers, door.held, door.in_flight)
+    assert before + 1 == counted("aborted")
+
+
+async def test_waiting_has_an_end() -> None:
+    """After hold_timeout_s the client is told to come back; nothing is left over."""
+    door, before = gate(hold_timeout_s=0), counted("rejected")
+
+    call = await Call().ask(door)
+
+    assert (503, "10", "engine_unavailable") == (call.status, call.head["retry-after"], call.error["code"])
+    assert "server.hold_timeout_s" in call.error["message"]
+    assert (0, 0) == (door.held, door.in_flight)
+    assert before + 1 == counted("rejected")
+
+
+async def test_the_queue_has_an_end() -> None:
+    """One request more than max_queued is refused at once; those that wait go on waiting."""
+    door, model = gate(max_queued=2), Model()
+    calls = [Call(), Call()]
+
+    async with waiting(door, *calls) as tasks:
+        refused = await Call().ask(door)
+        door.open(model)
+        await asyncio.gather(*tasks)
+
+    assert (503, "5") == (refused.status, refused.head["retry-after"])
+    assert "server.max_queued" in refused.error["message"]
+    assert [200, 200] == [call.status for call in calls]
+
+
+async def test_no_queue_at_all_is_possible() -> None:
+    """max_queued = 0 refuses whatever meets a closed gate."""
+    assert 503 == (await Call().ask(gate(max_queued=0))).status
+
+
+async def test_holding_again_makes_new_requests_wait() -> None:
+    """After an engine's death the gate holds; a request that was let through goes on."""
+    door, model = open_gate()
+    model.go_on.clear()
+    running = asyncio.create_task(Call(pieces=(b"a",)).ask(door))
+    while not model.seen:
+        await asyncio.sleep(0)
+
+    door.hold()
+    async with waiting(door, Call(pieces=(b"b",))) as tasks:
+        model.go_on.set()
+        assert b"a" == (await running).body
+        assert not tasks[0].done()
+        door.open(model)
+        assert b"b" == (await tasks[0]).body
+
+
+async def test_refusing_wakes_those_who_wait() -> None:
+    """At the end nobody is left waiting, and nobody new is let in."""
+    door, call = gate(), Call()
+
+    async with waiting(door, call) as tasks:
+        door.refuse("this instance is stopping.", 5)
+        await tasks[0]
+    late = await Call().ask(door)
+
+    for refused in (call, late):
+        assert (503, "5", "close") == (refused.status, refused.head["retry-after"], refused.head["connection"])
+        assert "this instance is stopping." == refused.error["message"]
+
+
+async def test_refusing_lets_running_requests_end() -> None:
+    """A drain cuts nothing that has been let through; reading the list of models stays possible."""
+    door, model = open_gate()
+    model.go_on.clear()
+    running = asyncio.create_task(Call(pieces=(b"a",)).ask(door))
+    while not model.seen:
+        await asyncio.sleep(0)
+
+    door.refuse("this instance is stopping.", 5)
+    assert 1 == door.in_flight
+    model.go_on.set()
+
+    assert b"a" == (await running).body
+    assert 200 == (await Call("/v1/models", "GET").ask(door)).status
+    assert 0 == door.in_flight
+
+
+# Streams and outcomes.
+async def test_a_stream_passes_piece_by_piece() -> None:
+    """Each piece is with the client before the model makes the next one."""
+    door, call = gate(), Call()
+
+    async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for number in range(3):
+            await send({"type": "http.response.body", "body": b"%d" % number, "more_body": True})
+            assert b"%d" % number == call.answers[-1]["body"]
+        await send({"type": "http.response.body", "body": b""})
+
+    door.open(streaming)
+    await call.ask(door)
+
+    assert [b"0", b"1", b"2", b""] == [message["body"] for message in call.answers[1:]]
+
+
+@pytest.mark.parametrize(
+    ("replays", "is_interrupted", "is_complete", "outcome"),
+    [
+        (0, False, True, "completed"),
+        (1, False, True, "replayed"),
+        (0, True, True, "interrupted"),
+        (2, True, True, "interrupted"),
+        (1, True, False, "aborted"),
+    ],
+)
+async def test_a_request_is_counted_by_how_it_ended(
+    replays: int, is_interrupted: bool, is_complete: bool, outcome: str
+) -> None:
+    """What happened on the way, and whether the answer was complete, decides the label."""
+    door = gate()
+
+    async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+        journey = passage.here()
+        journey.replays, journey.is_interrupted = replays, is_interrupted
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": not is_complete})
+
+    before = {each: counted(each) for each in metrics.OUTCOMES}
+    door.open(answering)
+    await Call().ask(door)
+
+    after = {each: counted(each) for each in metrics.OUTCOMES}
+    assert before | {outcome: before[outcome] + 1} == after
+
+
+async def test_a_model_that_raises_leaves_nothing_in_flight() -> None:
+    """The server hears of the error, and the request is counted as aborted."""
+    door, before = gate(), counted("aborted")
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("a bug")
+
+    door.open(failing)
+    with pytest.raises(RuntimeError, match="a bug"):
+        await Call().ask(door)
+
+    assert 0 == door.in_flight
+    assert before + 1 == counted("aborted")
+
+
+async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
+    """A server that is torn down under a waiting request does not leave its place taken."""
+    door = gate()
+
+    async with waiting(door, Call()) as tasks:
+        tasks[0].cancel()
+        await asyncio.wait(tasks)
+
+    assert (0, 0) == (door.held, door.in_flight)
+
+
+async def test_requests_do_not_share_their_history() -> None:
+    """What happened to one request is not counted for one that runs beside it."""
+    door, together, before = gate(), asyncio.Barrier(2), counted("replayed")
+
+    async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+        if (await receive())["body"] == b"unlucky":
+            passage.here().replays = 1
+        await together.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    door.open(answering)
+    await asyncio.gather(Call(pieces=(b"unlucky",)).ask(door), Call(pieces=(b"lucky",)).ask(door))
+
+    assert before + 1 == counted("replayed")

@@ -1,0 +1,359 @@
+"""The life of an instance: each fact and its answer, and what no sequence of facts may break."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_serve.core.failures import DETERMINISTIC, Failure, Kind
+from llm_serve.core.machine import (
+    FINAL,
+    HOLDING,
+    Action,
+    CloseGate,
+    CutRequests,
+    Drain,
+    Drained,
+    EngineFailed,
+    EngineReady,
+    EngineStopped,
+    Event,
+    Exit,
+    HostReady,
+    Limits,
+    OpenGate,
+    Pause,
+    PauseOver,
+    Situation,
+    StartEngine,
+    State,
+    StopEngine,
+    StopRequested,
+    step,
+)
+
+LIMITS = Limits(restart_limit=3, restart_window_s=100.0)
+CRASH = Failure(Kind.crashed, "EngineCore was ended by SIGSEGV.")
+BAD_WEIGHTS = Failure(Kind.weights, "HeaderTooLarge.", "Download it again.")
+
+WAITING = Situation(LIMITS)
+STARTING = replace(WAITING, state=State.starting, epoch=1, has_engine=True, starts=(10.0,))
+SERVING = replace(STARTING, state=State.serving)
+PAUSING = replace(SERVING, state=State.recovering, has_engine=False, last_failure=CRASH, failures_in_a_row=1)
+RESTARTING = replace(PAUSING, epoch=2, has_engine=True, starts=(10.0, 20.0))
+DRAINING = replace(SERVING, state=State.draining)
+STOPPING = replace(DRAINING, is_stopping_now=True)
+STOPPED = replace(STOPPING, state=State.stopped)
+FAILED = replace(PAUSING, state=State.failed)
+SPENT = replace(PAUSING, starts=(50.0, 60.0, 70.0))
+
+AT = 80.0
+REFUSE, HOLD = CloseGate(refuse=True), CloseGate(refuse=False)
+GAVE_UP = (
+    "gave up after 3 engine starts in 0.0277778 h; last failure: crashed: EngineCore was ended by SIGSEGV."
+)
+BROKEN = "weights: HeaderTooLarge. Download it again."
+
+ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
+    "the host is ready": (WAITING, HostReady(), State.starting, (StartEngine(1, "start"),)),
+    "the first engine answers": (STARTING, EngineReady(1), State.serving, (OpenGate(),)),
+    "the first start fails": (STARTING, EngineFailed(1, CRASH), State.recovering, (HOLD, Pause(2, 0.0))),
+    "the model is broken": (
+        STARTING,
+        EngineFailed(1, BAD_WEIGHTS),
+        State.failed,
+        (REFUSE, CutRequests(), Exit(78, BROKEN)),
+    ),
+    "an engine dies while serving": (SERVING, EngineFailed(1, CRASH), State.recovering, (HOLD, Pause(2, 0.0))),
+    "what has served is tried again whatever it died of": (
+        SERVING,
+        EngineFailed(1, BAD_WEIGHTS),
+        State.recovering,
+        (HOLD, Pause(2, 0.0)),
+    ),
+    "the pause is over": (PAUSING, PauseOver(2), State.recovering, (StartEngine(2, "crashed"),)),
+    "the next engine answers": (RESTARTING, EngineReady(2), State.serving, (OpenGate(),)),
+    "the next engine fails too": (RESTARTING, EngineFailed(2, CRASH), State.recovering, (HOLD, Pause(3, 1.0))),
+    "the starts are spent": (SPENT, PauseOver(2), State.failed, (REFUSE, CutRequests(), Exit(70, GAVE_UP))),
+    "the starts are spent before the first": (
+        replace(WAITING, starts=(50.0, 60.0, 70.0)),
+        HostReady(),
+        State.failed,
+        (REFUSE, CutRequests(), Exit(70, GAVE_UP.replace(str(CRASH), "None"))),
+    ),
+    "stop before the host": (
+        WAITING,
+        StopRequested(),
+        State.draining,
+        (REFUSE, CutRequests(), StopEngine()),
+    ),
+    "stop while starting": (STARTING, StopRequested(), State.draining, (REFUSE, CutRequests(), StopEngine())),
+    "stop while serving": (SERVING, StopRequested(), State.draining, (REFUSE, Drain())),
+    "stop in a pause": (PAUSING, StopRequested(), State.draining, (REFUSE, CutRequests(), StopEngine())),
+    "stop while restarting": (RESTARTING, StopRequested(), State.draining, (REFUSE, CutRequests(), StopEngine())),
+    "a second stop cuts": (DRAINING, StopRequested(), State.draining, (CutRequests(), StopEngine())),
+    "a third stop changes nothing": (STOPPING, StopRequested(), State.draining, ()),
+    "everybody has been answered": (DRAINING, Drained(), State.draining, (CutRequests(), StopEngine())),
+    "the drain ends after a second stop": (STOPPING, Drained(), State.draining, ()),
+    "the engine dies while draining": (DRAINING, EngineFailed(1, CRASH), State.draining, (CutRequests(),)),
+    "the engine is gone": (STOPPING, EngineStopped(), State.stopped, (Exit(0, "stopped as asked"),)),
+    "the engine is gone before the drain's end": (
+        DRAINING,
+        EngineStopped(),
+        State.stopped,
+        (Exit(0, "stopped as asked"),),
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "event", "state", "orders"), ANSWERS.values(), ids=ANSWERS)
+def test_a_fact_is_answered(
+    before: Situation, event: Event, state: State, orders: tuple[Action, ...]
+) -> None:
+    """The table of the machine, row by row."""
+    after, given_orders = step(before, event, AT)
+
+    assert (state, orders) == (after.state, given_orders)
+
+
+ALL = {
+    "waiting": WAITING,
+    "starting": STARTING,
+    "serving": SERVING,
+    "pausing": PAUSING,
+    "restarting": RESTARTING,
+    "draining": DRAINING,
+    "stopping": STOPPING,
+    "stopped": STOPPED,
+    "failed": FAILED,
+}
+IGNORED: list[tuple[str, Event]] = [
+    ("waiting", EngineReady(0)),
+    ("waiting", EngineFailed(0, CRASH)),
+    ("waiting", PauseOver(1)),
+    ("waiting", Drained()),
+    ("waiting", EngineStopped()),
+    ("starting", HostReady()),
+    ("starting", EngineReady(0)),
+    ("starting", EngineReady(2)),
+    ("starting", EngineFailed(0, CRASH)),
+    ("starting", PauseOver(2)),
+    ("starting", Drained()),
+    ("starting", EngineStopped()),
+    ("serving", HostReady()),
+    ("serving", EngineReady(1)),
+    ("serving", EngineFailed(0, CRASH)),
+    ("serving", PauseOver(2)),
+    ("serving", Drained()),
+    ("serving", EngineStopped()),
+    ("pausing", EngineReady(1)),
+    ("pausing", EngineFailed(1, CRASH)),
+    ("pausing", PauseOver(1)),
+    ("pausing", PauseOver(3)),
+    ("restarting", EngineReady(1)),
+    ("restarting", EngineFailed(1, CRASH)),
+    ("restarting", PauseOver(2)),
+    ("draining", HostReady()),
+    ("draining", EngineReady(1)),
+    ("draining", EngineFailed(0, CRASH)),
+    ("draining", PauseOver(2)),
+]
+
+
+@pytest.mark.parametrize(("name", "event"), IGNORED)
+def test_a_fact_out_of_place_changes_nothing(name: str, event: Event) -> None:
+    """Facts of another epoch, of an engine that has failed already, or of another state are no news."""
+    assert (ALL[name], ()) == step(ALL[name], event, AT)
+
+
+@pytest.mark.parametrize("name", ["stopped", "failed"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        HostReady(),
+        EngineReady(1),
+        EngineFailed(1, CRASH),
+        PauseOver(2),
+        StopRequested(),
+        Drained(),
+        EngineStopped(),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_the_end_is_final(name: str, event: Event) -> None:
+    """Nothing follows on stopped or failed, so that there is one Exit."""
+    assert (ALL[name], ()) == step(ALL[name], event, AT)
+
+
+def test_an_engine_that_dies_as_it_becomes_ready_does_not_open_the_gate() -> None:
+    """When a death is reported before the readiness of the same engine, the readiness is stale."""
+    dead, _ = step(STARTING, EngineFailed(1, CRASH), AT)
+
+    after, orders = step(dead, EngineReady(1), AT)
+
+    assert (State.recovering, ()) == (after.state, orders)
+    assert (StartEngine(2, "crashed"),) == step(after, PauseOver(2), AT)[1]
+
+
+def test_since_is_the_time_of_the_last_change_of_state() -> None:
+    """A new reason within a state does not make the state younger."""
+    recovering, _ = step(replace(SERVING, since=5.0), EngineFailed(1, CRASH), 20.0)
+    restarting, _ = step(recovering, PauseOver(2), 30.0)
+
+    assert (20.0, "engine start 2") == (restarting.since, restarting.why)
+
+
+def test_success_forgets_the_failures_in_a_row() -> None:
+    """After an engine has answered, the next failure is the first again; the window still counts its start."""
+    again, _ = step(replace(RESTARTING, failures_in_a_row=4), EngineReady(2), AT)
+
+    _, orders = step(again, EngineFailed(2, CRASH), AT)
+
+    assert Pause(3, 0.0) in orders
+    assert (10.0, 20.0) == again.starts
+
+
+def test_old_starts_make_room_for_new_ones() -> None:
+    """When the oldest start has left the window, one more is allowed."""
+    after, orders = step(SPENT, PauseOver(2), 150.5)
+
+    assert (StartEngine(2, "crashed"),) == orders
+    assert (60.0, 70.0, 150.5) == after.starts
+
+
+# What no sequence of facts may break.
+FAILURES = st.builds(Failure, st.sampled_from(list(Kind)), st.just("x"))
+EPOCHS = st.integers(min_value=0, max_value=6)
+EVENTS = st.one_of(
+    st.builds(HostReady),
+    st.builds(EngineReady, EPOCHS),
+    st.builds(EngineFailed, EPOCHS, FAILURES),
+    st.builds(PauseOver, EPOCHS),
+    st.builds(Drained),
+    st.builds(EngineStopped),
+    st.builds(StopRequested),
+)
+
+
+class World:
+    """Carries orders out as the supervisor does, and asserts the invariants after each."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.now = Situation(limits)
+        self.at = 0.0
+        self.is_open = False
+        self.engine: int | None = None
+        self.is_stop_asked = False
+        self.exits: list[Exit] = []
+        self.starts: list[float] = []
+        self.pauses: list[Pause] = []
+
+    def happens(self, event: Event) -> None:
+        """Step, carry the orders out, check."""
+        is_stale = self._is_stale(event)
+        before = self.now
+        self.now, orders = step(before, event, self.at)
+        if is_stale:
+            assert (before, ()) == (self.now, orders)
+        self.is_stop_asked |= isinstance(event, StopRequested)
+        has_failed = isinstance(event, EngineFailed) and event.epoch == self.engine
+        if has_failed or (isinstance(event, EngineStopped) and before.state is State.draining):
+            self.engine = None
+        for order in orders:
+            self._carry_out(order)
+        self._check()
+
+    def _is_stale(self, event: Event) -> bool:
+        """True for a fact about an engine that is not current."""
+        return isinstance(event, EngineReady | EngineFailed) and event.epoch != self.engine
+
+    def _carry_out(self, order: Action) -> None:
+        match order:
+            case StartEngine(epoch, _):
+                assert self.engine is None, "a second engine"
+                assert not self.is_stop_asked, "an engine after a stop was asked for"
+                self.engine = epoch
+                self.starts.append(self.at)
+            case OpenGate():
+                self.is_open = True
+            case CloseGate():
+                self.is_open = False
+            case Pause():
+                self.pauses.append(order)
+            case Exit():
+                self.exits.append(order)
+
+    def _check(self) -> None:
+        limits = self.now.limits
+        recent = [start for start in self.starts if self.at - limits.restart_window_s < start]
+        assert len(recent) <= limits.restart_limit
+        assert self.is_open == (self.now.state is State.serving)
+        assert self.now.state is not State.serving or self.engine == self.now.epoch
+        assert (self.now.state in FINAL) == (len(self.exits) == 1)
+        assert len(self.exits) <= 1
+        assert self.now.why
+
+
+@given(
+    st.lists(st.tuples(EVENTS, st.floats(0, 50)), max_size=60),
+    st.integers(1, 4),
+    st.floats(1, 200),
+)
+@settings(max_examples=500, deadline=None)
+def test_any_sequence_of_facts_keeps_the_invariants(
+    facts: list[tuple[Event, float]], restart_limit: int, restart_window_s: float
+) -> None:
+    """However facts arrive, also stale, doubled and invented ones, the promises of the machine hold."""
+    world = World(Limits(restart_limit, restart_window_s))
+
+    for event, passed in facts:
+        world.at += passed
+        world.happens(event)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_faithful_world_always_ends_after_a_stop(data: st.DataObject) -> None:
+    """When every order is carried out and reported, a stop leads to the one Exit, whatever came before."""
+    world = World(Limits(4, 100.0))
+    world.happens(HostReady())
+    for _ in range(data.draw(st.integers(0, 12))):
+        if world.now.state in FINAL:
+            return
+        world.at += data.draw(st.floats(0, 60))
+        if world.engine is None:
+            world.happens(PauseOver(world.pauses[-1].epoch))
+        elif world.now.state in HOLDING and data.draw(st.booleans()):
+            world.happens(EngineReady(world.engine))
+        else:
+            world.happens(EngineFailed(world.engine, data.draw(FAILURES)))
+    if world.now.state in FINAL:
+        return
+
+    world.happens(StopRequested())
+    if not world.now.is_stopping_now:
+        world.happens(data.draw(st.sampled_from([Drained(), StopRequested()])))
+    assert world.now.is_stopping_now
+    world.happens(EngineStopped())
+
+    assert State.stopped is world.now.state
+    assert [Exit(0, "stopped as asked")] == world.exits
+
+
+@given(st.lists(FAILURES.filter(lambda failure: failure.kind not in DETERMINISTIC), min_size=4, max_size=4))
+def test_an_engine_that_never_starts_ends_in_giving_up(failures: list[Failure]) -> None:
+    """With every start failing inside the window, the limit is used up exactly, then comes status 70."""
+    world = World(Limits(3, 3600.0))
+    world.happens(HostReady())
+
+    for failure in failures:
+        if world.engine is not None:
+            world.happens(EngineFailed(world.engine, failure))
+            world.at += world.pauses[-1].seconds
+            world.happens(PauseOver(world.pauses[-1].epoch))
+
+    assert 3 == len(world.starts)
+    assert [70] == [order.status for order in world.exits]
