@@ -25,7 +25,7 @@ async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
     from llm_serve.core.plan import EnginePlan
     from llm_serve.engine import forkserver, relay
     from llm_serve.engine.evidence import Collector
-    from llm_serve.engine.factory import Factory, Origin
+    from llm_serve.engine.factory import Factory, Origin, Places
 
     arguments = {
         "dtype": "float32",
@@ -37,7 +37,7 @@ async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
     plan = EnginePlan(model, arguments, {})
     with tempfile.TemporaryDirectory() as folder:
         receiver = relay.Receiver(Path(folder), lambda value: None, lambda line: None)
-        factory = Factory(Path(folder), Collector(), receiver, Origin("bench"))
+        factory = Factory(Places(Path(folder), Path(folder)), Collector(), receiver, Origin("bench"))
         if way == "spawn":
             forkserver.install = lambda: None
         factory.prepare(plan, ["LlamaForCausalLM"])

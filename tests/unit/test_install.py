@@ -72,6 +72,20 @@ def test_a_gpu_that_is_passed_over_is_never_passed_over_in_silence(gpu: Any) -> 
 
 
 @pytest.mark.parametrize(
+    ("asked", "stamp", "expected"),
+    [
+        ("auto", {}, "auto"),
+        ("auto", {"asked": "auto", "backend": "cpu"}, "auto"),
+        ("auto", {"asked": "cuda"}, "cuda"),
+        ("cpu", {"asked": "cuda"}, "cpu"),
+        ("auto", {"asked": 7}, "auto"),
+    ],
+)
+def test_build_that_was_picked_by_name_stays_until_another_is(asked: str, stamp: Any, expected: str) -> None:
+    assert install.asked_before(asked, stamp) == expected
+
+
+@pytest.mark.parametrize(
     ("version", "expected"),
     [((3, 10, 12), False), ((3, 11, 2), True), ((3, 12), True), ((3, 13, 9), True), ((3, 14, 0), False)],
 )
@@ -146,9 +160,9 @@ def test_pip_s_output_becomes_a_few_words() -> None:
 
 
 def steps_to_do(venv: Path, backend: str = "cpu", dev: bool = False) -> list[str]:
-    environment = install.Environment(venv, backend)
-    environment.read_stamp()
-    return [name for name, _, _ in environment.missing(dev)]
+    environment = install.Environment(venv, backend, "auto")
+    environment.take_over()
+    return [name for name, _, _ in environment.missing(dev=dev)]
 
 
 @pytest.fixture
@@ -157,7 +171,7 @@ def finished(tmp_path: Path) -> Path:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
     (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.12.1\n")
-    environment = install.Environment(tmp_path, "cpu")
+    environment = install.Environment(tmp_path, "cpu", "auto")
     done = {name: key for name, key, _ in environment.steps(dev=True)}
     stamp = {"backend": "cpu", "python": [3, 12], "revision": install.REVISION, "done": done}
     (tmp_path / install.STAMP).write_text(json.dumps(stamp))
@@ -223,9 +237,7 @@ def test_too_small_a_disk_is_said_with_both_numbers(tmp_path: Path, monkeypatch:
         install.check_disk(tmp_path / "not" / "there", "cuda")
 
 
-def test_failed_step_shows_the_last_lines_and_names_the_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_step_shows_the_last_lines_and_names_the_log(tmp_path: Path) -> None:
     step = install.Step("packages", tmp_path / "log")
     script = "import sys; [print('line', n) for n in range(30)]; print('No space left on device'); sys.exit(3)"
 
@@ -244,7 +256,8 @@ def test_failed_step_shows_the_last_lines_and_names_the_log(
 def test_progress_off_a_terminal_is_plain_lines(tmp_path: Path) -> None:
     """As a person would see it in a CI log: no carriage return, no escape."""
     code = (
-        f"import importlib.machinery as m; i = m.SourceFileLoader('i', {str(ROOT / 'packaging/install')!r}).load_module()\n"
+        "import importlib.machinery as m\n"
+        f"i = m.SourceFileLoader('i', {str(ROOT / 'packaging/install')!r}).load_module()\n"
         "i.QUIET_LINE_EVERY_S = 0\n"
         "with i.Step('[1/1] packages', None) as step:\n"
         "    step.words = 'numpy (1 of 2)'\n"
@@ -320,7 +333,7 @@ def test_merge_marks_only_what_differs() -> None:
 
     assert lock.parse(text, "3.11") == {"a": one, "b": both}
     assert lock.parse(text, "3.12") == {"a": two, "b": both}
-    assert 'b==1 \\' in text
+    assert "b==1 \\" in text
 
 
 def test_lock_with_an_address_is_refused() -> None:

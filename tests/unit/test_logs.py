@@ -184,8 +184,7 @@ def test_a_relayed_record_names_its_process(journald: socket.socket) -> None:
     entry = parse_entry(journald.recv(1 << 16))
 
     assert ("EngineCore failed to start.", "3", "EngineCore", "7", "builtins.ValueError", "Traceback\nline") == tuple(
-        entry[name]
-        for name in ("MESSAGE", "PRIORITY", "VLLM_PROCESS", "VLLM_PID", "EXCEPTION_TYPE", "TRACEBACK")
+        entry[name] for name in ("MESSAGE", "PRIORITY", "VLLM_PROCESS", "VLLM_PID", "EXCEPTION_TYPE", "TRACEBACK")
     )
 
 
@@ -246,9 +245,7 @@ def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("output_format", ["console", "json"])
-def test_an_exception_is_written_with_its_traceback(
-    output_format: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_exception_is_written_with_its_traceback(output_format: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The error of a bug is readable in every format, and no warning is raised on the way."""
     logs.set_up("qwen", level="info", output_format=output_format)
 

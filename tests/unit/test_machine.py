@@ -52,9 +52,7 @@ SPENT = replace(PAUSING, starts=(50.0, 60.0, 70.0))
 
 AT = 80.0
 REFUSE, HOLD = CloseGate(refuse=True), CloseGate(refuse=False)
-GAVE_UP = (
-    "gave up after 3 engine starts in 0.0277778 h; last failure: crashed: EngineCore was ended by SIGSEGV."
-)
+GAVE_UP = "gave up after 3 engine starts in 0.0277778 h; last failure: crashed: EngineCore was ended by SIGSEGV."
 BROKEN = "weights: HeaderTooLarge. Download it again."
 
 ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
@@ -110,9 +108,7 @@ ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
 
 
 @pytest.mark.parametrize(("before", "event", "state", "orders"), ANSWERS.values(), ids=ANSWERS)
-def test_a_fact_is_answered(
-    before: Situation, event: Event, state: State, orders: tuple[Action, ...]
-) -> None:
+def test_a_fact_is_answered(before: Situation, event: Event, state: State, orders: tuple[Action, ...]) -> None:
     """The table of the machine, row by row."""
     after, given_orders = step(before, event, AT)
 

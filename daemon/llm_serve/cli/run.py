@@ -26,6 +26,7 @@ from llm_serve.host.systemd import Notifier, notifier
 
 if TYPE_CHECKING:
     # Half a second of FastAPI and uvicorn that a refused file need not wait for.
+    from llm_serve.engine.factory import Places
     from llm_serve.engine.relay import Receiver
     from llm_serve.supervisor import Supervisor
     from llm_serve.web.gate import Asgi, Gate
@@ -98,8 +99,9 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
     from llm_serve.web import operations
     from llm_serve.web.server import Server
 
-    factory.remove_leftovers(runtime)
-    supervisor, receiver = _supervisor(start, runtime)
+    places = factory.Places(runtime, boot.state_folder(runtime, os.environ))
+    factory.remove_leftovers(places)
+    supervisor, receiver = _supervisor(start, places)
     REGISTRY.register(metrics.SnapshotCollector(supervisor.snapshot))
     inside = operations.create(supervisor.snapshot, _model_names(start.settings))
     supervisor.gate = _gate(start, inside)
@@ -116,7 +118,7 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
         (runtime / "control.sock").unlink(missing_ok=True)
 
 
-def _supervisor(start: Start, runtime: Path) -> tuple[Supervisor, Receiver]:
+def _supervisor(start: Start, places: Places) -> tuple[Supervisor, Receiver]:
     from llm_serve.engine import evidence, factory, relay
     from llm_serve.supervisor import Instance, Supervisor
 
@@ -130,9 +132,9 @@ def _supervisor(start: Start, runtime: Path) -> tuple[Supervisor, Receiver]:
         collector.add_output(line)
         logs.get_logger().info(line, vllm_process="output")
 
-    receiver = relay.Receiver(runtime, on_record, on_output)
+    receiver = relay.Receiver(places.runtime, on_record, on_output)
     origin = factory.Origin(start.settings.source, start.text)
-    engines = factory.Factory(runtime, collector, receiver, origin)
+    engines = factory.Factory(places, collector, receiver, origin)
     instance = Instance(start.settings, EnginePlan.from_settings(start.settings), _routes(start.settings))
     return Supervisor(instance, start.manager, engines, collector, start.on_ready), receiver
 

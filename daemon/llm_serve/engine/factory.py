@@ -36,6 +36,7 @@ from llm_serve.host import processes
 _KILL_TIMEOUT_S = 10.0
 _ASK_TIMEOUT_S = 5.0
 _TEMPORARY_PREFIX = "llm-serve-"
+_LEFTOVERS = "shared-memory.txt"
 
 PROCESS_ENVIRONMENT = {
     # vLLM would stop our HTTP server when an engine dies.
@@ -62,6 +63,14 @@ class Origin:
 
     source: str
     text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where an instance keeps its sockets (gone after a stop) and its memory of things (kept)."""
+
+    runtime: Path
+    state: Path
 
 
 @dataclass
@@ -91,8 +100,9 @@ class Engine:
 class Factory:
     """Builds engines for one instance, one at a time."""
 
-    def __init__(self, runtime: Path, collector: Collector, receiver: relay.Receiver, origin: Origin) -> None:
-        self._runtime, self._collector, self._receiver, self._origin = runtime, collector, receiver, origin
+    def __init__(self, places: Places, collector: Collector, receiver: relay.Receiver, origin: Origin) -> None:
+        self._runtime, self._collector, self._receiver, self._origin = places.runtime, collector, receiver, origin
+        self._leftovers = places.state / _LEFTOVERS
         self._logging_config = runtime / "vllm-logging.json"
         relay.write_logging_config(self._logging_config, receiver.records_socket)
         self._forked_with: Mapping[str, str] | None = None
@@ -137,6 +147,8 @@ class Factory:
             raise StartError(evidence) from error
         engine.processes = self._engine_processes()
         engine.shared_memory = processes.shared_memory_of(engine.processes)
+        own = processes.shared_memory_of(self._own_processes())
+        self._leftovers.write_text("\n".join(map(str, engine.shared_memory | own)))
         return engine
 
     def _build_in_thread(self, plan: EnginePlan, epoch: int, folders: tuple[Path, Path]) -> Engine:
@@ -184,13 +196,11 @@ class Factory:
 
     def close(self) -> None:
         """End the fork server and let go of what this process itself has in /dev/shm. For the end of the daemon."""
-        pids = [os.getpid(), *([pid] if (pid := forkserver.running_pid()) else [])]
-        with contextlib.suppress(psutil.Error):
-            shared = processes.shared_memory_of([psutil.Process(pid) for pid in pids])
-            forkserver.forget(processes.unlink_all(shared))
+        forkserver.forget(processes.unlink_all(processes.shared_memory_of(self._own_processes())))
         forkserver.stop()
         _remove((self._runtime / "mp",))
         self._logging_config.unlink(missing_ok=True)
+        self._leftovers.unlink(missing_ok=True)
 
     def engine_marks(self) -> tuple[float, int, int]:
         """(CPU seconds, bytes read, records heard) of the engine's side: a start that makes progress changes them."""
@@ -217,6 +227,11 @@ class Factory:
 
     def _engine_processes(self) -> list[psutil.Process]:
         return processes.descendants(without=[pid for pid in (forkserver.running_pid(),) if pid])
+
+    def _own_processes(self) -> list[psutil.Process]:
+        """The daemon and the fork server, which outlive engines."""
+        pids = (os.getpid(), forkserver.running_pid())
+        return [psutil.Process(pid) for pid in pids if pid and psutil.pid_exists(pid)]
 
     def _make_folders(self, epoch: int) -> tuple[Path, Path]:
         """A private place for sockets (short path: 107 characters is the limit) and one for temporary files."""
@@ -266,11 +281,18 @@ _DAEMON_IMPORTS = (
 )
 
 
-def remove_leftovers(runtime: Path) -> None:
-    """Remove what an earlier life of this instance left in its runtime folder and among the temporary files."""
+def remove_leftovers(places: Places) -> None:
+    """Remove what an earlier life of this instance left: sockets, temporary files, shared memory.
+
+    A daemon that was killed takes its resource tracker with it, so shared memory stays in /dev/shm until a reboot.
+    """
+    runtime = places.runtime
     _remove((*runtime.glob("e[0-9]*"), runtime / "mp"))
     mine = Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}{runtime.name}-e[0-9]*")
     _remove(tuple(path for path in mine if path.stat().st_uid == os.getuid()))
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        names = (places.state / _LEFTOVERS).read_text().split()
+        processes.unlink_all(Path(name) for name in names if processes.is_shared_memory(name))
 
 
 def _remove(folders: tuple[Path, ...]) -> None:

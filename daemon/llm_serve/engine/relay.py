@@ -44,9 +44,13 @@ class RelayHandler(logging.Handler):
 
     def _connected(self) -> socket.socket:
         if self._socket is None or self._owner != os.getpid():
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.connect(self._path)
-            self._owner = os.getpid()
+            sink = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                sink.connect(self._path)
+            except OSError:
+                sink.close()
+                raise
+            self._socket, self._owner = sink, os.getpid()
         return self._socket
 
 

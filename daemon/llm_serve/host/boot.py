@@ -72,3 +72,9 @@ def runtime_folder(name: str, environ: Mapping[str, str]) -> Path:
             problem = Problem("environment", None, "RUNTIME_DIRECTORY", f"{part} belongs to another user.")
             raise ConfigError((problem,))
     return folder
+
+
+def state_folder(runtime: Path, environ: Mapping[str, str]) -> Path:
+    """The folder that outlives the instance's processes: systemd's; outside of a unit the runtime folder."""
+    given = environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return Path(given) if given else runtime

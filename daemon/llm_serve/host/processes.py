@@ -37,6 +37,11 @@ def shared_memory_of(processes: Iterable[psutil.Process]) -> frozenset[Path]:
     return frozenset(found)
 
 
+def is_shared_memory(name: str) -> bool:
+    """True for the name of a file directly in /dev/shm."""
+    return _SHARED_MEMORY.fullmatch(name) is not None
+
+
 def unlink_all(paths: Iterable[Path]) -> list[Path]:
     """Remove files that may be gone already. Returns those that were still there."""
     removed = []

@@ -1,0 +1,61 @@
+"""One booted machine with the service installed, shared by all tests here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.system.machine import Machine, machine
+
+from llm_serve.host.demo_model import default_cache, ensure_demo_model
+
+PROJECT = Path(__file__).parents[2]
+UNIT = "llm-serve@demo"
+_MODELS = "var/cache/llm-serve/models"
+
+
+@pytest.fixture(scope="session")
+def box() -> Iterator[Machine]:
+    """A booted machine with the unit, its user, the demo model and config/demo.toml, nothing started."""
+    if os.geteuid() != 0 or not shutil.which("systemd-nspawn"):
+        pytest.skip("booting a systemd needs root and systemd-nspawn (Debian: systemd-container)")
+    model = ensure_demo_model(default_cache(os.environ), print)
+    with machine() as built:
+        _install(built, model)
+        built.boot()
+        built.run("systemd-sysusers")
+        built.run("systemd-tmpfiles", "--create", "/usr/lib/tmpfiles.d/llm-serve.conf")
+        built.run("chown", "-R", "llm-serve:llm-serve", "/var/cache/llm-serve")
+        yield built
+
+
+def _install(built: Machine, model: Path) -> None:
+    root = built.root
+    for unit in PROJECT.glob("systemd/llm-serve*.*"):
+        shutil.copy(unit, root / "etc/systemd/system")
+    shutil.copy(PROJECT / "systemd/sysusers.d/llm-serve.conf", root / "usr/lib/sysusers.d/llm-serve.conf")
+    shutil.copy(PROJECT / "systemd/tmpfiles.d/llm-serve.conf", root / "usr/lib/tmpfiles.d/llm-serve.conf")
+    built.write("/usr/bin/llm-serve", _LAUNCHER.format(python=sys.executable, daemon=PROJECT / "daemon"), 0o755)
+    shutil.copytree(model, root / _MODELS / model.name, dirs_exist_ok=True)
+    built.write("/etc/llm-serve/demo.toml", (PROJECT / "config/demo.toml").read_text())
+    _open_the_checkout(built)
+
+
+_LAUNCHER = "#!/bin/sh\nPYTHONPATH='{daemon}' exec '{python}' -c 'from llm_serve.cli.main import main; main()' \"$@\"\n"
+
+
+def _open_the_checkout(built: Machine) -> None:
+    """Let the service user reach an interpreter and a checkout that live in somebody's home, as in development.
+
+    An installed service has its environment under /opt, and ProtectHome stays on.
+    """
+    for path in (Path(sys.executable).resolve(), PROJECT):
+        for parent in (path, *path.parents):
+            inside = built.root / str(parent).lstrip("/")
+            inside.chmod(inside.stat().st_mode | 0o011)
+    if any(str(path).startswith(("/root", "/home")) for path in (Path(sys.executable).resolve(), PROJECT)):
+        built.write("/etc/systemd/system/llm-serve@.service.d/checkout.conf", "[Service]\nProtectHome=no\n")

@@ -1,0 +1,179 @@
+"""The unit on a booted systemd, with the real model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.system.machine import Machine
+
+pytestmark = [pytest.mark.system, pytest.mark.vllm, pytest.mark.timeout(300)]
+UNIT = "llm-serve@demo"
+_MARKER = "Zanzibarquux"
+_START_LIMIT_S = 240
+
+
+@pytest.fixture
+def served(box: Machine) -> Machine:
+    """The machine with the service up."""
+    box.run("systemctl", "reset-failed", UNIT, check=False)
+    box.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
+    return box
+
+
+def _ask(box: Machine, prompt: str, tokens: int = 12) -> str:
+    body = {"model": "smollm2-135m-instruct", "temperature": 0, "max_tokens": tokens}
+    body["messages"] = [{"role": "user", "content": prompt}]
+    url = "http://127.0.0.1:8000/v1/chat/completions"
+    done = box.run(
+        "curl", "-sS", "--max-time", "100", url, "-H", "content-type: application/json", "-d", json.dumps(body)
+    )
+    return str(json.loads(done.stdout)["choices"][0]["message"]["content"])
+
+
+def _pids(box: Machine) -> set[str]:
+    """Every process of the service's user."""
+    return set(box.run("ps", "-u", "llm-serve", "-o", "pid=", check=False).stdout.split())
+
+
+def test_start_returns_when_the_model_answers(served: Machine) -> None:
+    """`systemctl start` has waited for the first real token, so the very next request is served."""
+    assert "Paris" in _ask(served, "What is the capital of France?")
+
+
+def test_status_says_what_the_service_does(served: Machine) -> None:
+    """`systemctl status` shows the state, the model and the requests."""
+    served.wait_until(lambda: "serving" in served.show(UNIT, "StatusText"), 10, "a STATUS line")
+    shown = served.run("systemctl", "status", "--no-pager", UNIT).stdout
+    assert 'Status: "serving' in shown
+
+
+def test_status_command_reaches_the_service(served: Machine) -> None:
+    """`llm-serve status` works for root without a key."""
+    answer = json.loads(served.run("llm-serve", "status", "demo", "--json").stdout)
+    assert ("serving", "demo") == (answer["state"], answer["instance"])
+
+
+def test_journal_has_fields_and_no_prompt(served: Machine) -> None:
+    """Events carry INSTANCE, STATE and a priority, vLLM's children are named, and prompts are not there."""
+    _ask(served, f"Say {_MARKER}", tokens=4)
+    entries = served.wait_until(
+        lambda: [e for e in served.journal(UNIT) if e.get("REQUEST_ID")] and served.journal(UNIT),
+        10,
+        "a request's entry",
+    )
+    ours = [entry for entry in entries if entry.get("INSTANCE") == "demo"]
+    assert {"serving"} <= {entry.get("STATE") for entry in ours}
+    assert {"llm-serve"} == {entry["SYSLOG_IDENTIFIER"] for entry in ours}
+    assert {"6", "4"} <= {entry["PRIORITY"] for entry in ours}
+    processes = {entry.get("VLLM_PROCESS") for entry in ours}
+    assert "EngineCore" in processes
+    assert any(str(name).startswith("Worker") for name in processes)
+    assert _MARKER not in json.dumps(entries)
+
+
+def test_caches_are_inside_the_cache_directory(served: Machine) -> None:
+    """Nothing of vLLM, torch or the hub is written into a home folder."""
+    environment = served.run("sh", "-c", f"tr '\\0' '\\n' < /proc/{served.show(UNIT, 'MainPID')}/environ").stdout
+    for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_HOME", "XDG_CACHE_HOME"):
+        assert f"{name}=/var/cache/llm-serve" in environment
+    assert served.run("ls", "/var/cache/llm-serve/demo/vllm").stdout
+
+
+def test_restart_refuses_no_connection(served: Machine, tmp_path: Path) -> None:
+    """A client that connects in a loop is always answered while the service restarts."""
+    stop = tmp_path / "stop"
+    loop = served.popen(sys.executable, str(Path(__file__).parent / "connect_loop.py"), "127.0.0.1", "8000", str(stop))
+    time.sleep(1)
+    before = served.show(UNIT, "MainPID")
+    served.run("systemctl", "restart", UNIT, timeout=_START_LIMIT_S)
+    time.sleep(1)
+    stop.touch()
+    seen = json.loads(loop.communicate(timeout=90)[0])
+    assert before != served.show(UNIT, "MainPID")
+    assert {"200"} == set(seen["answers"]), seen
+    assert seen["answers"]["200"] > 100
+
+
+def test_killed_daemon_leaves_no_process_and_comes_back(served: Machine) -> None:
+    """After kill -9 of the daemon all old processes are gone, and systemd brings it back by itself."""
+    old, main = _pids(served), served.show(UNIT, "MainPID")
+    served.run("kill", "-9", main)
+    served.wait_until(lambda: served.show(UNIT, "MainPID") not in {"0", main}, 60, "a new daemon")
+    served.wait_until(lambda: served.show(UNIT, "SubState") == "running", _START_LIMIT_S, "READY")
+    assert old
+    assert not old & _pids(served)
+    assert "Paris" in _ask(served, "What is the capital of France?")
+
+
+def test_frozen_daemon_is_replaced_by_the_watchdog(served: Machine) -> None:
+    """A daemon whose loop stands still is ended by systemd and started again."""
+    main, restarts = served.show(UNIT, "MainPID"), int(served.show(UNIT, "NRestarts"))
+    served.run("kill", "-STOP", main)
+    served.wait_until(lambda: int(served.show(UNIT, "NRestarts")) > restarts, 90, "the watchdog")
+    served.wait_until(lambda: served.show(UNIT, "SubState") == "running", _START_LIMIT_S, "READY")
+    assert any("Watchdog timeout" in str(entry.get("MESSAGE")) for entry in served.journal(UNIT))
+
+
+def test_stop_lets_a_stream_finish_and_exits_0(served: Machine) -> None:
+    """A stream that is open at SIGTERM ends with its last token; nothing is left of the service afterwards."""
+    body = json.dumps(
+        {"model": "smollm2-135m-instruct", "prompt": "One", "max_tokens": 60, "ignore_eos": True, "stream": True}
+    )
+    stream = served.popen(
+        "curl", "-sSN", "http://127.0.0.1:8000/v1/completions", "-H", "content-type: application/json", "-d", body
+    )
+    time.sleep(1)
+    served.run("systemctl", "stop", UNIT, timeout=100)
+    text = stream.communicate(timeout=30)[0]
+    assert '"finish_reason":"length"' in text
+    assert "[DONE]" in text
+    assert ("success", "0") == (served.show(UNIT, "Result"), served.show(UNIT, "ExecMainStatus"))
+    assert not served.run("sh", "-c", "ls /dev/shm | grep -E 'psm_|sem.mp' || true").stdout.strip()
+    assert not Path(served.root, "run/llm-serve/demo").exists()
+
+
+def test_second_sigterm_cuts_a_stream_with_an_error(served: Machine) -> None:
+    """Who asks twice is not made to wait: the stream ends at once, with an error event and no finish_reason."""
+    body = json.dumps(
+        {"model": "smollm2-135m-instruct", "prompt": "One", "max_tokens": 1800, "ignore_eos": True, "stream": True}
+    )
+    stream = served.popen(
+        "curl", "-sSN", "http://127.0.0.1:8000/v1/completions", "-H", "content-type: application/json", "-d", body
+    )
+    time.sleep(1)
+    main = served.show(UNIT, "MainPID")
+    served.run("systemctl", "stop", "--no-block", UNIT)
+    time.sleep(0.5)
+    served.run("kill", "-TERM", main)
+    text = stream.communicate(timeout=30)[0]
+    assert '"error"' in text
+    assert '"finish_reason":"length"' not in text
+    served.wait_until(lambda: served.show(UNIT, "ActiveState") == "inactive", 20, "the end")
+
+
+def test_broken_file_fails_once_with_78_and_the_reason(box: Machine) -> None:
+    """A wrong file is not retried, and `systemctl status` says what is wrong with it."""
+    box.run("systemctl", "stop", UNIT, timeout=100)
+    good = (box.root / "etc/llm-serve/demo.toml").read_text()
+    box.write("/etc/llm-serve/demo.toml", good.replace("max_num_seqs", "max_num_sequences"))
+    try:
+        assert box.run("systemctl", "start", UNIT, check=False, timeout=_START_LIMIT_S).returncode != 0
+        box.wait_until(lambda: box.show(UNIT, "ActiveState") == "failed", 30, "failed")
+        assert ("78", "0") == (box.show(UNIT, "ExecMainStatus"), box.show(UNIT, "NRestarts"))
+        shown = box.run("systemctl", "status", "--no-pager", "--lines=50", UNIT, check=False).stdout
+        assert "Did you mean max_num_seqs" in shown
+    finally:
+        box.write("/etc/llm-serve/demo.toml", good)
+        box.run("systemctl", "reset-failed", UNIT)
+
+
+def test_an_enabled_instance_serves_again_after_a_reboot(box: Machine) -> None:
+    """Nobody starts anything: after the boot the model answers."""
+    box.run("systemctl", "enable", UNIT)
+    box.reboot()
+    box.wait_until(lambda: box.show(UNIT, "SubState") == "running", _START_LIMIT_S, "READY after boot")
+    assert "Paris" in _ask(box, "What is the capital of France?")

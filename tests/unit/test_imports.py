@@ -1,0 +1,124 @@
+"""Who may import what: the pure core, the border to vLLM, and commands that start at once."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import llm_serve
+
+ROOT = Path(llm_serve.__file__).parent
+CORE = sorted((ROOT / "core").glob("*.py"))
+EVERYTHING = sorted(ROOT.rglob("*.py"))
+
+PURE = frozenset(
+    {
+        "__future__",
+        "bisect",
+        "collections.abc",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "difflib",
+        "enum",
+        "hashlib",
+        "ipaddress",
+        "json",
+        "math",
+        "pydantic",
+        "re",
+        "signal",
+        "tomllib",
+        "types",
+        "typing",
+        "llm_serve.core",
+    }
+)
+"""What the core may import: nothing here opens, waits or looks at a clock (of `signal` only the names are used)."""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def names(path: Path) -> set[str]:
+    """The bare names that a file uses."""
+    return {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.name)
+def test_the_core_is_pure(path: Path) -> None:
+    """No module of core/ imports anything that does I/O, or calls a built-in that does."""
+    known = {name if name in PURE else name.rpartition(".")[0] or name for name in imports(path)}
+
+    assert set() == known - PURE
+    assert set() == names(path) & {"open", "print", "input", "exec", "eval", "__import__"}
+
+
+def test_signals_are_only_named_in_the_core() -> None:
+    """Of `signal` the core uses the numbers and their names, never a handler."""
+    used = {
+        node.attr
+        for path in CORE
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "signal"
+    }
+
+    assert {"Signals", "SIGKILL"} == used
+
+
+@pytest.mark.parametrize("name", ["vllm", "torch", "transformers"])
+def test_only_engine_imports_vllm(name: str) -> None:
+    """engine/ is the border: a new vLLM can break nothing outside it."""
+    # The demo's model is converted in a process of its own, which needs no vLLM.
+    allowed = set() if name == "vllm" else {ROOT / "host/demo_convert.py"}
+    found = {
+        path
+        for path in EVERYTHING
+        if path.parent != ROOT / "engine" and any(each.split(".")[0] == name for each in imports(path))
+    }
+
+    assert set() == found - allowed
+
+
+def test_the_relay_needs_the_standard_library_alone() -> None:
+    """It is loaded into every process of vLLM."""
+    foreign = {name.split(".")[0] for name in imports(ROOT / "engine/relay.py")} - sys.stdlib_module_names
+
+    assert set() == foreign
+
+
+HEAVY = ("vllm", "torch", "transformers", "fastapi", "uvicorn", "starlette", "prometheus_client", "structlog")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["check", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    """The command line is there at once: vLLM, torch and the web server are loaded by what needs them."""
+    code = (
+        "import sys\n"
+        "from llm_serve.cli.main import main\n"
+        "sys.argv[0] = 'llm-serve'\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        f"print(*sorted(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+
+    assert "llm-serve" in done.stdout
+    assert "" == done.stderr.strip()

@@ -1,0 +1,109 @@
+"""The metrics as a scraper reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from llm_serve import metrics
+from llm_serve.core.machine import State
+from llm_serve.core.status import Snapshot
+
+NOW = Snapshot(
+    instance="a",
+    model='the "model"\n\\ of é',
+    state="starting",
+    why="w",
+    since=0.0,
+    started=0.0,
+    uptime_s=12.5,
+    phase="loading weights",
+    progress=0.4,
+    version="1",
+    vllm_version="0.32.0",
+    pid=1,
+    listen="127.0.0.1:8000",
+    source="a.toml",
+)
+PREFIXES = ("llm_serve_", "vllm:", "python_", "process_", "http_")
+
+
+@pytest.fixture
+def _registered() -> Iterator[None]:
+    collector = metrics.SnapshotCollector(lambda: NOW)
+    REGISTRY.register(collector)
+    yield
+    REGISTRY.unregister(collector)
+
+
+def scrape(now: Snapshot = NOW) -> dict[str, Metric]:
+    """The families of one snapshot, by name."""
+    registry = CollectorRegistry()
+    registry.register(metrics.SnapshotCollector(lambda: now))
+    return {each.name: each for each in text_string_to_metric_families(generate_latest(registry).decode())}
+
+
+@pytest.mark.usefixtures("_registered")
+def test_everything_that_is_rendered_is_well_formed() -> None:
+    """Each family appears once, with a type, a help text that is a sentence, and a name of a known kind."""
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+
+    names = [family.name for family in families]
+    assert len(names) == len(set(names))
+    assert all(name.startswith(PREFIXES) for name in names)
+    for family in families:
+        assert family.type in {"counter", "gauge", "histogram", "summary"}
+        assert family.documentation
+    ours = [family for family in families if family.name.startswith("llm_serve_")]
+    assert 10 <= len(ours)
+    assert all(family.documentation.endswith(".") for family in ours)
+    assert not any(sample.name.endswith("_created") for family in families for sample in family.samples)
+
+
+@pytest.mark.usefixtures("_registered")
+def test_every_outcome_is_there_from_the_start() -> None:
+    """A rate over an outcome that has not happened yet is zero, not absent."""
+    rendered = metrics.render().decode()
+
+    for outcome in metrics.OUTCOMES:
+        assert f'llm_serve_requests_total{{outcome="{outcome}"}}' in rendered
+
+
+def test_exactly_one_state_is_one() -> None:
+    """Every state has a sample, and the current one is 1."""
+    for state in State:
+        family = scrape(dataclasses.replace(NOW, state=state.value))["llm_serve_state"]
+        values = {sample.labels["state"]: sample.value for sample in family.samples}
+
+        assert {each.value: float(each is state) for each in State} == values
+
+
+def test_what_is_not_known_is_absent() -> None:
+    """The plan's sizes are not there as zero before an engine has told them."""
+    names = {"llm_serve_plan_max_model_len", "llm_serve_plan_max_num_seqs"}
+    known = scrape(dataclasses.replace(NOW, max_model_len=2048, max_num_seqs=8))
+
+    assert not names & set(scrape())
+    assert [2048.0, 8.0] == [known[name].samples[0].value for name in sorted(names)]
+
+
+def test_labels_survive_odd_characters() -> None:
+    """A model's name with quotes, line breaks and letters of any script is read back as it is."""
+    sample = scrape()["llm_serve_info"].samples[0]
+
+    assert {"version": "1", "vllm_version": "0.32.0", "model": NOW.model} == sample.labels
+
+
+def test_values_are_those_of_the_snapshot() -> None:
+    """Progress, rung and uptime are passed on as they are."""
+    found = scrape(dataclasses.replace(NOW, rung=2))
+
+    assert (0.4, 2.0, 12.5) == tuple(
+        found[f"llm_serve_{name}"].samples[0].value
+        for name in ("start_progress_ratio", "rung", "process_uptime_seconds")
+    )

@@ -1,0 +1,200 @@
+"""Finding, measuring and ending processes, with real ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import shared_memory
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llm_serve.host import processes
+
+WAIT_S = 10.0
+SLEEPER = "import sys, time; print(1, flush=True); time.sleep(600)"
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start a Python program; whatever is left of it is ended after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_one(code: str = SLEEPER, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, *arguments]
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout
+        started[-1].stdout.readline()
+        return started[-1]
+
+    yield start_one
+    for each in started:
+        each.kill()
+        if each.stdin and not each.stdin.closed:
+            each.communicate()
+
+
+def eventually(is_so: Callable[[], object], what: str) -> None:
+    """Assert that something becomes so."""
+    deadline = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline, f"{what}: not within {WAIT_S} s"
+        time.sleep(0.01)
+
+
+# Finding.
+def test_descendants_are_children_and_their_children(start: Start) -> None:
+    """Everything below this process is found, except what is named."""
+    code = (
+        "import subprocess, sys\n"
+        "with subprocess.Popen(['sleep', '600'], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as child:\n"
+        "    print(1, flush=True); sys.stdin.read(); child.kill()"
+    )
+    parent, other = start(code), start()
+    below = [child.pid for child in psutil.Process(parent.pid).children()]
+
+    found = {process.pid for process in processes.descendants(without=[other.pid])}
+    parent.communicate("")
+
+    assert 1 == len(below)
+    assert {parent.pid, *below} <= found
+    assert other.pid not in found
+
+
+def test_python_s_resource_tracker_is_nobody(start: Start) -> None:
+    """The tracker of multiprocessing belongs to the daemon, not to an engine."""
+    tracker = start(SLEEPER, "from multiprocessing.resource_tracker import main;main(3)")
+
+    assert tracker.pid not in {process.pid for process in processes.descendants()}
+
+
+# Ending.
+async def test_all_are_killed(start: Start) -> None:
+    """Whatever they do about signals, they are gone on return, a stopped one included."""
+    deaf = start("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + SLEEPER)
+    stopped = start()
+    os.kill(stopped.pid, signal.SIGSTOP)
+    victims = [psutil.Process(each.pid) for each in (deaf, stopped)]
+    eventually(lambda: victims[1].status() == psutil.STATUS_STOPPED, "the process is stopped")
+
+    left = await processes.kill_all(victims, timeout_s=WAIT_S)
+
+    assert [] == left
+    assert [-9, -9] == [deaf.wait(WAIT_S), stopped.wait(WAIT_S)]
+
+
+async def test_those_who_are_gone_already_are_no_error(start: Start) -> None:
+    """A process that ended by itself, reaped or not, counts as gone."""
+    reaped, zombie = start(), start()
+    victims = [psutil.Process(each.pid) for each in (reaped, zombie)]
+    reaped.kill()
+    reaped.wait()
+    zombie.kill()
+    eventually(lambda: victims[1].status() == psutil.STATUS_ZOMBIE, "the process is a zombie")
+
+    assert [] == await processes.kill_all([*victims, *victims], timeout_s=0.0)
+    assert [False, False] == [processes.is_alive(each) for each in victims]
+
+
+async def test_those_who_stay_are_returned(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that the kernel does not let go of is named, after the time-out and not later."""
+    stuck = psutil.Process(start().pid)
+    monkeypatch.setattr(stuck, "kill", lambda: None)
+
+    assert [stuck] == await processes.kill_all([stuck], timeout_s=0.05)
+
+
+ORPHANAGE = """
+import asyncio, os, psutil, subprocess, sys
+from llm_serve.engine.forkserver import adopt_orphans
+from llm_serve.host import processes
+adopt_orphans()
+CHILD = "import os, time; pid = os.fork(); print(pid, flush=True) if pid else time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
+orphan = psutil.Process(int(child.stdout.readline()))
+child.wait()
+found = processes.descendants()
+left = asyncio.run(processes.kill_all(found, timeout_s=10))
+print(orphan in found, left, processes.is_alive(orphan))
+"""
+
+
+def test_an_orphaned_grandchild_is_found_and_killed() -> None:
+    """A worker whose parent died is given to the daemon, which adopts orphans, and goes with the rest."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHANAGE], env=environment, capture_output=True, text=True, timeout=30, check=True
+    )
+
+    assert "True [] False" == done.stdout.strip()
+
+
+# Measuring.
+def test_shared_memory_is_found_and_removed() -> None:
+    """Segments that a process has mapped are found by their files, and are gone after unlink_all."""
+    segment = shared_memory.SharedMemory(create=True, size=4096)
+    path = Path("/dev/shm") / segment.name
+    try:
+        found = processes.shared_memory_of([psutil.Process()])
+
+        assert path in found
+        assert [path] == processes.unlink_all([path, path, Path("/dev/shm/llm-serve-was-never-there")])
+        assert not path.exists()
+    finally:
+        path.touch()
+        segment.close()
+        segment.unlink()
+
+
+def test_a_process_that_is_gone_has_no_shared_memory(start: Start) -> None:
+    """Looking into a process that has ended finds nothing and raises nothing."""
+    child = start()
+    ended = psutil.Process(child.pid)
+    child.kill()
+    child.wait()
+
+    assert frozenset() == processes.shared_memory_of([ended])
+
+
+def test_work_changes_the_mark_and_sleep_does_not(start: Start) -> None:
+    """CPU time is progress; waiting is none."""
+    busy = start("import sys; print(1, flush=True)\nwhile True: pass")
+    asleep = [psutil.Process(start().pid)]
+    working = [psutil.Process(busy.pid)]
+    before, resting = processes.progress_mark(working), processes.progress_mark(asleep)
+
+    eventually(lambda: processes.progress_mark(working) != before, "the mark changes")
+
+    assert resting == processes.progress_mark(asleep)
+
+
+def test_a_process_that_is_gone_makes_no_progress(start: Start) -> None:
+    """It counts for nothing."""
+    child = start()
+    ended = psutil.Process(child.pid)
+    child.kill()
+    child.wait()
+
+    assert (0.0, 0) == processes.progress_mark([ended])
+
+
+def test_the_holder_of_a_port_is_named() -> None:
+    """Who listens is told by name and pid; nobody is None."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        assert f"{psutil.Process().name()} (pid {os.getpid()})" == processes.holder_of_port(port)
+    assert processes.holder_of_port(port) is None
+
+
+def test_memory_is_measured_in_bytes() -> None:
+    """A Python process has some megabytes."""
+    assert 5 << 20 < processes.resident_bytes() < 64 << 30
