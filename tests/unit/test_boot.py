@@ -17,8 +17,8 @@ from llm_serve.host import boot
 
 @pytest.fixture(autouse=True)
 def _room_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(boot.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(boot.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+    monkeypatch.setattr("llm_serve.host.boot.tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("llm_serve.host.boot.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 40))
 
 
 def test_caches_are_known_by_their_variables() -> None:
@@ -52,7 +52,7 @@ def test_every_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room may come: status 75, with how much there is and where."""
-    monkeypatch.setattr(boot.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 20))
+    monkeypatch.setattr("llm_serve.host.boot.shutil.disk_usage", lambda _: SimpleNamespace(free=3 << 20))
 
     with pytest.raises(HostError, match=r"only 3 MiB are free on the disk of .*HF_HOME"):
         boot.check_host({"HF_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)})
@@ -69,7 +69,7 @@ def test_a_disk_too_full_for_a_folder_is_named_with_figures(tmp_path: Path, monk
     def mkdir(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(boot.shutil, "disk_usage", usage)
+    monkeypatch.setattr("llm_serve.host.boot.shutil.disk_usage", usage)
     monkeypatch.setattr(Path, "mkdir", mkdir)
 
     with pytest.raises(HostError, match="only 0 MiB are free"):
@@ -96,7 +96,7 @@ def test_a_users_folder_is_private(tmp_path: Path) -> None:
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sockets are not put where another user could replace them."""
     (tmp_path / "qwen").mkdir()
-    monkeypatch.setattr(boot.os, "getuid", lambda: 54321)
+    monkeypatch.setattr("llm_serve.host.boot.os.getuid", lambda: 54321)
 
     with pytest.raises(ConfigError, match="belongs to another user"):
         boot.runtime_folder("qwen", {"RUNTIME_DIRECTORY": str(tmp_path / "qwen")})
@@ -104,7 +104,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_a_trap_among_the_temporary_files_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all may write, the first part of the path is checked before anything is put below it."""
-    monkeypatch.setattr(boot.os, "getuid", lambda: 987654321)
+    monkeypatch.setattr("llm_serve.host.boot.os.getuid", lambda: 987654321)
     base = Path("/tmp/llm-serve-987654321")
 
     with contextlib.ExitStack() as cleaning:

@@ -49,7 +49,7 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path.parent.mkdir(parents=True)
 
     class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the library's name
+        def do_GET(self) -> None:
             body = json.dumps(NOW.to_json()).encode()
             self.send_response(200)
             self.send_header("content-length", str(len(body)))
@@ -126,6 +126,6 @@ def test_nobody_to_ask_is_75(name: str, capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_an_age_is_told_in_two_units(seconds: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two that matter; a clock that was set back does not make it negative."""
-    monkeypatch.setattr(command.time, "time", lambda: 1_000_000.0)
+    monkeypatch.setattr("llm_serve.cli.status.time.time", lambda: 1_000_000.0)
 
     assert text == command._age(1_000_000.0 - seconds)

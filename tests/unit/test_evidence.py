@@ -126,7 +126,7 @@ def test_exit_codes_are_found_in_the_traceback_of_a_start() -> None:
 
     def start() -> None:
         launch = SimpleNamespace(engine_manager=manager(EngineCore=-9))
-        raise RuntimeError(f"Engine core initialization failed. Failed core proc(s): {{}}{launch and ''}")
+        raise RuntimeError(f"Engine core initialization failed. Failed core proc(s): {vars(launch).get('failed')}")
 
     with pytest.raises(RuntimeError) as raised:
         start()

@@ -37,15 +37,19 @@ TEXTS: dict[str, tuple[str, str, Kind]] = {
     ),
     "A5 cache too small for the length": (
         "builtins.ValueError",
-        "To serve at least one request with the model's max seq len (32768), (1.75 GiB KV cache is needed, which is "
-        "larger than the available KV cache memory (0.5 GiB). Based on the available memory, the estimated maximum "
-        "model length is 9360.",
+        (
+            "To serve at least one request with the model's max seq len (32768), (1.75 GiB KV cache is needed, which "
+            "is larger than the available KV cache memory (0.5 GiB). Based on the available memory, the estimated "
+            "maximum model length is 9360."
+        ),
         OOM,
     ),
     "A7 somebody else's memory": (
         "builtins.ValueError",
-        "Free memory on device cuda:0 (8.77/139.8 GiB) on startup is less than desired GPU memory utilization "
-        "(0.9, 125.82 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+        (
+            "Free memory on device cuda:0 (8.77/139.8 GiB) on startup is less than desired GPU memory utilization "
+            "(0.9, 125.82 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes."
+        ),
         OOM,
     ),
     "A11 graph capture": ("builtins.RuntimeError", "CUDA error: out of memory", OOM),
@@ -67,8 +71,10 @@ TEXTS: dict[str, tuple[str, str, Kind]] = {
     ),
     "E1 an unknown architecture": (
         "builtins.ValueError",
-        "The checkpoint you are trying to load has model type `x` but Transformers does not recognize this "
-        "architecture.",
+        (
+            "The checkpoint you are trying to load has model type `x` but Transformers does not recognize this "
+            "architecture."
+        ),
         Kind.configuration,
     ),
     "E1 an unsupported architecture": (

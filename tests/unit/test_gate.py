@@ -157,13 +157,20 @@ def counted(outcome: str) -> float:
     return REGISTRY.get_sample_value("llm_serve_requests_total", {"outcome": outcome}) or 0.0
 
 
+async def until(is_so: Callable[[], object]) -> None:
+    """Let the loop turn until something is so, which is a matter of turns, not of time."""
+    for _ in range(10_000):
+        if is_so():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it has not become so")
+
+
 @contextlib.asynccontextmanager
 async def waiting(door: Gate, *calls: Call) -> AsyncIterator[list[asyncio.Task[Call]]]:
     """Calls that wait at the gate."""
     tasks = [asyncio.create_task(call.ask(door)) for call in calls]
-    async with asyncio.timeout(10):
-        while door.held < len(calls):
-            await asyncio.sleep(0)
+    await until(lambda: door.held == len(calls))
     yield tasks
     for call in calls:
         call.leaves.set()
@@ -239,7 +246,12 @@ async def test_only_probes_are_open_without_a_key(path: str, open_metrics: bool,
 def test_a_wrong_key_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of the answer does not tell which key was nearly right."""
     compared: list[bytes] = []
-    monkeypatch.setattr("llm_serve.web.gate.hmac.compare_digest", lambda _, known: compared.append(known) or True)
+
+    def compare(_: bytes, known: bytes) -> bool:
+        compared.append(known)
+        return True
+
+    monkeypatch.setattr("llm_serve.web.gate.hmac.compare_digest", compare)
 
     assert Keys(["a", "b", "c"]).allow({b"x-api-key": b"a"})
     assert 3 == len(set(compared))
@@ -424,11 +436,9 @@ async def test_a_body_that_is_still_on_its_way_survives_the_wait() -> None:
         answers.append(message)
 
     task = asyncio.create_task(door(scope, rest.get, send))
-    while not door.held or rest.qsize():
-        await asyncio.sleep(0)
+    await until(lambda: door.held and not rest.qsize())
     door.open(model)
-    while door.held:
-        await asyncio.sleep(0)
+    await until(lambda: not door.held)
     rest.put_nowait({"type": "http.request", "body": b"two", "more_body": False})
     await task
 
@@ -505,8 +515,7 @@ async def test_holding_again_makes_new_requests_wait() -> None:
     door, model = open_gate()
     model.go_on.clear()
     running = asyncio.create_task(Call(pieces=(b"a",)).ask(door))
-    while not model.seen:
-        await asyncio.sleep(0)
+    await until(lambda: model.seen)
 
     door.hold()
     async with waiting(door, Call(pieces=(b"b",))) as tasks:
@@ -536,8 +545,7 @@ async def test_refusing_lets_running_requests_end() -> None:
     door, model = open_gate()
     model.go_on.clear()
     running = asyncio.create_task(Call(pieces=(b"a",)).ask(door))
-    while not model.seen:
-        await asyncio.sleep(0)
+    await until(lambda: model.seen)
 
     door.refuse("this instance is stopping.", 5)
     assert 1 == door.in_flight

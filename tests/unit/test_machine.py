@@ -331,7 +331,8 @@ def test_a_faithful_world_always_ends_after_a_stop(data: st.DataObject) -> None:
 
     world.happens(StopRequested())
     if not world.now.is_stopping_now:
-        world.happens(data.draw(st.sampled_from([Drained(), StopRequested()])))
+        ends: list[Event] = [Drained(), StopRequested()]
+        world.happens(data.draw(st.sampled_from(ends)))
     assert world.now.is_stopping_now
     world.happens(EngineStopped())
 

@@ -103,7 +103,7 @@ class Factory:
     def __init__(self, places: Places, collector: Collector, receiver: relay.Receiver, origin: Origin) -> None:
         self._runtime, self._collector, self._receiver, self._origin = places.runtime, collector, receiver, origin
         self._leftovers = places.state / _LEFTOVERS
-        self._logging_config = runtime / "vllm-logging.json"
+        self._logging_config = places.runtime / "vllm-logging.json"
         relay.write_logging_config(self._logging_config, receiver.records_socket)
         self._forked_with: Mapping[str, str] | None = None
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-_SHARED_MEMORY = re.compile(r"/dev/shm/([^\s/]+)")  # noqa: S108 - the real place
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place itself, no temporary file  # noqa: S108 - the real place
 
 
 def descendants(*, without: Iterable[int] = ()) -> list[psutil.Process]:
@@ -28,18 +28,27 @@ def _is_tracker(process: psutil.Process) -> bool:
 
 
 def shared_memory_of(processes: Iterable[psutil.Process]) -> frozenset[Path]:
-    """The /dev/shm files that these processes have mapped."""
-    found: set[Path] = set()
+    """The /dev/shm files that these processes have mapped.
+
+    Found by inode: the C library makes a semaphore under another name first, which is what a map goes on showing.
+    """
+    mapped: set[int] = set()
     for process in processes:
         with contextlib.suppress(OSError):
             maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
-            found |= {Path("/dev/shm") / name for name in _SHARED_MEMORY.findall(maps)}  # noqa: S108 - the real place
-    return frozenset(found)
+            mapped |= {int(line.split()[4]) for line in maps.splitlines() if str(_SHARED_MEMORY) in line}
+    return frozenset(path for path in _SHARED_MEMORY.iterdir() if _inode(path) in mapped) if mapped else frozenset()
+
+
+def _inode(path: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        return path.stat().st_ino
+    return None
 
 
 def is_shared_memory(name: str) -> bool:
     """True for the name of a file directly in /dev/shm."""
-    return _SHARED_MEMORY.fullmatch(name) is not None
+    return Path(name).parent == _SHARED_MEMORY
 
 
 def unlink_all(paths: Iterable[Path]) -> list[Path]:
@@ -88,7 +97,8 @@ def holder_of_port(port: int) -> str | None:
     """Who listens on a TCP port, as "name (pid N)", where that can be seen."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            where: Any = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and where.port == port and connection.pid:
                 return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return None
 

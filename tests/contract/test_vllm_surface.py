@@ -1,0 +1,400 @@
+"""Every name of the installed vLLM that engine/ relies on, with the shape that it relies on.
+
+When a new vLLM breaks one of these, the test names it; without them the first engine failure would.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from prometheus_client import REGISTRY, Gauge
+from vllm import envs
+from vllm.engine.protocol import EngineClient
+from vllm.exceptions import GenerationError
+from vllm.v1.engine import core_client, exceptions
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor
+
+from llm_serve.core import progress
+from llm_serve.engine import factory, forkserver, openai, openai_routes, survivor
+
+pytestmark = pytest.mark.vllm
+
+ENGINE = Path(factory.__file__).parent
+VLLM = Path(inspect.getfile(EngineClient)).parents[1]
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a function by name."""
+    return dict(inspect.signature(function).parameters)
+
+
+def imported_names() -> Iterator[tuple[str, str]]:
+    """(module, name) of every `from vllm... import name` in engine/."""
+    for path in sorted(ENGINE.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(set(imported_names())))
+def test_every_name_that_is_imported_is_there(module: str, name: str) -> None:
+    """Imports inside functions fail only when they are run; here all of them are tried."""
+    assert hasattr(importlib.import_module(module), name)
+
+
+# AsyncLLM, as the factory uses it.
+def test_an_engine_is_built_from_a_configuration() -> None:
+    """from_vllm_config takes what the factory gives it."""
+    given = {"vllm_config", "usage_context", "aggregate_engine_logging", "disable_log_stats"}
+
+    assert given <= parameters(AsyncLLM.from_vllm_config).keys()
+    assert {"aggregate_engine_logging", "disable_log_stats"} <= parameters(
+        importlib.import_module("vllm.engine.arg_utils").AsyncEngineArgs
+    ).keys()
+
+
+def test_an_engine_is_ended_with_a_time_limit() -> None:
+    """AsyncLLM and its core client take the seconds that a shutdown may last."""
+    for owner in (AsyncLLM, core_client.MPClient):
+        assert "timeout" in parameters(owner.shutdown)
+
+
+@pytest.mark.parametrize("name", ["output_handler", "engine_core", "output_processor", "renderer", "input_processor"])
+def test_an_engine_has_the_parts_that_are_reached_for(name: str) -> None:
+    """Attributes that are set in AsyncLLM.__init__ have no other sign of their existence."""
+    assert f"self.{name}" in inspect.getsource(AsyncLLM)
+
+
+def test_a_dead_engine_says_so() -> None:
+    """`errored` is what the watch reads, and `dead_error` what requests get."""
+    assert isinstance(AsyncLLM.errored, property)
+    assert isinstance(AsyncLLM.dead_error, property)
+
+
+def test_the_first_token_can_be_asked_for() -> None:
+    """The proof of readiness uses these options of a request."""
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
+
+    assert {"max_tokens", "temperature", "detokenize"} <= parameters(SamplingParams).keys()
+    assert "task" in parameters(PoolingParams)
+    assert inspect.iscoroutinefunction(AsyncLLM.get_supported_tasks)
+
+
+# The survivor in front of it.
+def public_methods(owner: type) -> dict[str, Any]:
+    """The public methods that a class defines itself."""
+    return {name: value for name, value in vars(owner).items() if not name.startswith("_") and callable(value)}
+
+
+@pytest.mark.parametrize("name", sorted(public_methods(EngineClient)))
+def test_the_survivor_has_every_method_of_an_engine(name: str) -> None:
+    """Handlers may call whatever EngineClient declares, and await what it declares as async."""
+    theirs, ours = getattr(EngineClient, name), vars(survivor.Survivor)[name]
+
+    assert inspect.iscoroutinefunction(theirs) == inspect.iscoroutinefunction(ours)
+
+
+@pytest.mark.parametrize("name", ["generate", "encode"])
+def test_requests_reach_the_engine_as_they_were_made(name: str) -> None:
+    """The leading parameters have vLLM's names and order, so that handlers may pass them either way."""
+    theirs, ours = parameters(getattr(EngineClient, name)), parameters(getattr(survivor.Survivor, name))
+
+    assert list(theirs)[:4] == list(ours)[:4]
+    assert inspect.Parameter.VAR_KEYWORD in {parameter.kind for parameter in ours.values()}
+    for owner in (EngineClient, AsyncLLM):
+        given = parameters(getattr(owner, name))
+        positional = [each for each in given.values() if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+        takes_rest = inspect.Parameter.VAR_POSITIONAL in {each.kind for each in ours.values()}
+        assert len(positional) == 4 or takes_rest
+
+
+def test_the_survivor_has_every_attribute_of_an_engine() -> None:
+    """What EngineClient only annotates is read by handlers all the same."""
+    annotated = set(EngineClient.__annotations__)
+
+    assert {"vllm_config", "model_config", "renderer", "input_processor"} == annotated
+    assert annotated <= vars(survivor.Survivor).keys()
+
+
+def test_admission_is_asked_as_vllm_asks_it() -> None:
+    """check_admission has the parameters that handlers pass."""
+    theirs, ours = parameters(EngineClient.check_admission), parameters(survivor.Survivor.check_admission)
+
+    assert [(each.name, each.default) for each in theirs.values()] == [
+        (each.name, each.default) for each in ours.values()
+    ]
+
+
+def test_a_survivor_can_be_made() -> None:
+    """No abstract method is left open."""
+    assert 0 == survivor.Survivor(lambda _: None).epoch
+
+
+def test_a_cut_answer_is_an_error_that_vllm_knows_how_to_send() -> None:
+    """GenerationError takes a message, and its status is what a client gets."""
+    error = survivor.EngineRestarted("the engine died")
+
+    assert isinstance(error, GenerationError)
+    assert HTTPStatus.INTERNAL_SERVER_ERROR == GenerationError("x").status_code
+    assert HTTPStatus.SERVICE_UNAVAILABLE == error.status_code
+    assert "the engine died" in str(error)
+
+
+def test_the_errors_of_an_engine_are_all_known() -> None:
+    """A new exception class in this module may need an answer of its own."""
+    defined = {
+        name for name, value in vars(exceptions).items() if getattr(value, "__module__", "") == exceptions.__name__
+    }
+
+    assert {"EngineDeadError", "EngineGenerateError"} == defined
+    assert "EngineCore encountered an issue" in str(exceptions.EngineDeadError())
+
+
+def test_every_request_can_be_ended_with_an_error() -> None:
+    """propagate_error takes the error, and reaches all requests by itself."""
+    given = list(parameters(OutputProcessor.propagate_error).values())
+
+    assert 2 == len(given)
+
+
+# What a failure leaves.
+def test_exit_codes_are_where_they_are_looked_for() -> None:
+    """The manager of engine processes is found in the client's resources, and in the frame of a failed start."""
+    fields = {field.name for field in dataclasses.fields(core_client.BackgroundResources)}
+    engine_utils = importlib.import_module("vllm.v1.engine.utils")
+
+    assert "engine_manager" in fields
+    assert "self.processes" in inspect.getsource(engine_utils.CoreEngineProcManager)
+    assert "launch = CoreEngineLaunch(" in inspect.getsource(engine_utils)
+    assert "engine_manager" in parameters(engine_utils.CoreEngineLaunch)
+
+
+def test_processes_have_the_names_that_rank_their_errors() -> None:
+    """Workers and EngineCores are told apart by name, before and after they have named themselves."""
+    core = (VLLM / "v1/engine/core.py").read_text()
+    manager = (VLLM / "v1/engine/utils.py").read_text()
+    executor = (VLLM / "v1/executor/multiproc_executor.py").read_text()
+
+    assert 'else "EngineCore"' in manager
+    assert 'process_title = "EngineCore"' in core
+    assert 'process_name = "Worker"' in executor
+    assert 'name=f"VllmWorker-{rank}"' in executor
+
+
+def test_records_name_their_process() -> None:
+    """vLLM's record factory adds the name that the relay reads."""
+    logger = importlib.import_module("vllm.logger")
+    make = logger._VllmLogRecordFactory(logging.LogRecord)
+
+    record = make("vllm", logging.INFO, __file__, 1, "text", (), None)
+
+    assert record.processName == record.vllm_process_name
+
+
+@cache
+def vllm_source() -> str:
+    """All of vLLM's Python source, with texts that are split over lines put together again."""
+    whole = "\n".join(path.read_text(errors="replace") for path in sorted(VLLM.rglob("*.py")))
+    return re.sub(r"\"\s*\n\s*f?\"", "", whole)
+
+
+@pytest.mark.parametrize("marker", [marker for marker, _ in progress._MARKERS])
+def test_every_phase_marker_is_something_that_vllm_says(marker: str) -> None:
+    """Each text by which a start's progress is told is in vLLM's source."""
+    assert marker in vllm_source()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No available memory for the cache blocks",
+        "estimated maximum model length is",
+        "KV cache is needed",
+        "Free memory on device",
+        "Available memory on node",
+        "Cannot find any model weights",
+        "Weight files referenced in index but missing",
+        "not initialized from checkpoint",
+        "Insufficient space in {shm_path}",
+        "are not supported for now",
+        "must be divisible by tensor parallel size",
+        "Unknown attention backend",
+        "EngineCore failed to start.",
+        "WorkerProc failed to start.",
+        "Engine core initialization failed",
+    ],
+)
+def test_every_text_of_a_failure_is_something_that_vllm_says(text: str) -> None:
+    """The classification of failures rests on vLLM's own words."""
+    assert text in vllm_source()
+
+
+# The environment and the fork server.
+VARIABLES = (*factory.PROCESS_ENVIRONMENT, "VLLM_LOGGING_CONFIG_PATH", "VLLM_RPC_BASE_PATH")
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_every_variable_that_is_set_is_read(name: str) -> None:
+    """A variable that vLLM does not know any more would be set in vain."""
+    assert name in envs.environment_variables
+
+
+def test_vllm_is_configured_to_log_to_us() -> None:
+    """The function that reads VLLM_LOGGING_CONFIG_PATH is called with the parsed arguments."""
+    logger = importlib.import_module("vllm.logger")
+
+    assert ["args"] == list(parameters(logger.configure_logging_from_args))
+    assert "VLLM_LOGGING_CONFIG_PATH" in inspect.getsource(logger)
+
+
+@pytest.mark.parametrize("name", forkserver._PATCHED_MODULES)
+def test_the_start_method_is_looked_up_where_it_is_replaced(name: str) -> None:
+    """get_mp_context is called by this name in the module, with no arguments."""
+    module = importlib.import_module(name)
+
+    assert {} == parameters(module.get_mp_context)
+
+
+def test_the_start_method_is_looked_up_nowhere_else() -> None:
+    """Whoever starts a process of an engine gets its context from a module that is patched."""
+    found = {
+        ".".join(path.relative_to(VLLM.parent).with_suffix("").parts)
+        for folder in ("v1/engine", "v1/executor", "utils")
+        for path in (VLLM / folder).rglob("*.py")
+        if "get_mp_context().Process" in (text := path.read_text()) or "context = get_mp_context()" in text
+    }
+
+    assert found <= set(forkserver._PATCHED_MODULES)
+
+
+def test_cached_environment_can_be_forgotten() -> None:
+    """A fork has another environment than the server that it came from."""
+    assert {} == parameters(envs.disable_envs_cache)
+
+
+def preloaded_modules() -> list[str]:
+    """The modules that the fork server loads, read off its source: importing it would act."""
+    tree = ast.parse((ENGINE / "preload.py").read_text())
+    lists = {
+        target.id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id in {"_ALWAYS", "_CPU", "_CUDA"}
+    }
+    assert {"_ALWAYS", "_CPU", "_CUDA"} == lists.keys()
+    return sorted(name for names in lists.values() for name in names)
+
+
+@pytest.mark.parametrize("name", preloaded_modules())
+def test_every_preloaded_module_is_there(name: str) -> None:
+    """One that is missing would only make each start slower, without a word."""
+    assert importlib.util.find_spec(name) is not None
+
+
+def test_a_model_s_module_is_found_by_its_architecture() -> None:
+    """The registry maps an architecture to the module that holds it."""
+    registry = importlib.import_module("vllm.model_executor.models.registry")
+
+    module, _ = registry._VLLM_MODELS["LlamaForCausalLM"]
+
+    assert importlib.util.find_spec(f"vllm.model_executor.models.{module}") is not None
+
+
+# The routes.
+@pytest.fixture(scope="module")
+def arguments() -> Any:
+    """The arguments of `vllm serve` with every default."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([])
+
+
+def routes_of(app: Any) -> set[tuple[str, str]]:
+    """(method, path) of everything that an application answers."""
+    return {(method, route.path) for route in app.router.routes for method in getattr(route, "methods", None) or ()}
+
+
+def test_the_application_is_built_and_bound_as_vllm_does() -> None:
+    """build_app and init_app_state have the parameters that are passed by position."""
+    app = importlib.import_module("vllm.entrypoints.launchers.app")
+    state = importlib.import_module("vllm.entrypoints.launchers.api_server.app_state")
+
+    assert ["args", "supported_tasks", "model_config"] == list(parameters(app.build_app))
+    assert ["engine_client", "state", "args", "supported_tasks"] == list(parameters(state.init_app_state))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_route_on_our_list_is_vllm_s(arguments: Any) -> None:
+    """With the tasks of chat and of embedding models, all allowed routes exist, and only they are left."""
+    allowed = openai_routes.allowed(anthropic_messages=True)
+    found: set[tuple[str, str]] = set()
+
+    embedding = MagicMock()
+    embedding.get_pooling_task.return_value = "embed"
+    for tasks, config in ((("generate",), None), (("embed",), embedding)):
+        app = openai.build_app(arguments, tasks, config, allowed)
+        found |= routes_of(app)
+
+    assert allowed == found - {("HEAD", path) for _, path in allowed}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_list_keeps_something_out(arguments: Any) -> None:
+    """vLLM registers more than clients should reach; otherwise the list would be for nothing."""
+    from vllm.entrypoints.launchers.app import build_app
+
+    everything = routes_of(build_app(arguments, ("generate",), None))
+
+    assert {("GET", "/health"), ("GET", "/docs")} <= everything
+    assert openai_routes.allowed(anthropic_messages=False) - everything <= {("POST", "/v1/embeddings")}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_web_page_may_talk_to_the_model_by_default(arguments: Any) -> None:
+    """The default of vLLM allows every origin; ours allows none, and an explicit one is kept."""
+    openai.build_app(arguments, ("generate",), None, frozenset())
+
+    assert [] == arguments.allowed_origins
+
+
+# Metrics.
+def test_a_new_engine_leaves_our_metrics_alone() -> None:
+    """vLLM removes what begins with vllm: from the registry at each start; ours begin otherwise."""
+    prometheus = importlib.import_module("vllm.v1.metrics.prometheus")
+    ours = Gauge("llm_serve_test_of_unregistering", "Ours.")
+    Gauge("vllm:test_of_unregistering", "Theirs.")
+
+    prometheus.unregister_vllm_metrics()
+    names = set(REGISTRY._names_to_collectors)
+    REGISTRY.unregister(ours)
+
+    assert "llm_serve_test_of_unregistering" in names
+    assert "vllm:test_of_unregistering" not in names
+
+
+def test_this_process_has_started_no_engine() -> None:
+    """Looking at vLLM's surface builds nothing and touches no device."""
+    torch = sys.modules["torch"]
+
+    assert not torch.cuda.is_initialized()
