@@ -4,7 +4,7 @@ VENV        ?= .venv
 BACKEND     ?= auto
 PYTHON      ?= python3
 PYTEST_ARGS ?=
-BENCH_ARGS  ?= http://127.0.0.1:8000
+BENCH_ARGS  ?=
 
 BIN     := $(VENV)/bin
 INSTALL := $(PYTHON) packaging/install --venv $(VENV) --backend $(BACKEND)
@@ -16,7 +16,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  BACKEND=cpu|cuda picks the build of vLLM (default: what the machine has); VENV=DIR the place;"
-	@echo "  PYTEST_ARGS='-k word' goes to pytest, BENCH_ARGS=URL to the load generator."
+	@echo "  PYTEST_ARGS='-k word' goes to pytest, BENCH_ARGS='--rounds 5' to the bench."
 
 setup: ## make the environment (.venv) from the locks; a second run ends at once
 	@$(INSTALL)
@@ -48,8 +48,9 @@ format: dev ## let ruff rewrite the layout
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: setup ## load test of a running server
-	@$(BIN)/llm-serve bench $(BENCH_ARGS)
+bench: dev ## measure against vLLM's own server: start, load, memory, idle CPU (15 min.)
+	@$(BIN)/python -m tests.bench.bench_decode $(BENCH_ARGS)
+	@$(BIN)/python -m tests.bench.bench_serve $(BENCH_ARGS)
 
 lock: dev ## resolve the locks anew (packaging/locks/README.md)
 	@$(BIN)/python packaging/lock --uv $(BIN)/uv

@@ -30,6 +30,7 @@ from llm_serve.web.gate import Gate
 _WATCH_EVERY_S = 0.5
 _EXTEND_EVERY_S, _EXTEND_BY_S = 5.0, 90.0
 _LOG_STATS_EVERY_S = 10.0
+_CAUSE_WITHIN_S = 60.0
 _WAITING = Phase("waiting", 0.0)
 
 
@@ -248,7 +249,7 @@ class Supervisor:
     async def _bury(self, engine: Engine) -> None:
         await asyncio.sleep(0.2)  # exit codes and last records arrive after the news
         codes = engine.exit_codes()
-        evidence = self._collector.evidence()
+        evidence = self._collector.evidence(since=time.time() - _CAUSE_WITHIN_S)
         await self._factory.stop(engine)
         verdict = classify(Evidence(evidence.phase, evidence.errors, evidence.output_tail, codes))
         self._fail(engine.epoch, verdict, evidence)

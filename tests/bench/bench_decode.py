@@ -1,6 +1,6 @@
 """Decoding speed of an engine forked from the preloaded fork server against one that vLLM spawns itself.
 
-    python tests/bench/bench_decode.py MODEL_FOLDER [--rounds 3]
+    python -m tests.bench.bench_decode [--model FOLDER] [--rounds 3]
 
 libgomp reads OMP_* when it is loaded, which for a fork was in the fork server: this shows that nothing is lost by it.
 """
@@ -16,6 +16,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from llm_serve.host.demo_model import default_cache, ensure_demo_model
 
 _PROMPT = [1, 42, 77, 1024]
 
@@ -71,18 +73,23 @@ async def _decode(llm: object, streams: int, tokens: int) -> float:
 def main() -> None:
     """Run each way in processes of its own, turn by turn."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("--model", type=Path, help="a model folder; the demo's without it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--way")
     given = parser.parse_args()
+    model = given.model or ensure_demo_model(default_cache(os.environ), print)
     if given.way:
-        print("FIGURES", *asyncio.run(tokens_per_second(given.model, given.way)), flush=True)
+        print("FIGURES", *asyncio.run(tokens_per_second(str(model), given.way)), flush=True)
         os._exit(0)
     seen: dict[str, list[list[float]]] = {"fork server": [], "spawn": []}
     for number in range(given.rounds):
         for way in list(seen)[:: 1 if number % 2 == 0 else -1]:
+            command = [sys.executable, "-m", "tests.bench.bench_decode"]
             out = subprocess.run(
-                [sys.executable, __file__, given.model, "--way", way], capture_output=True, text=True, check=True
+                [sys.executable, "-m", "tests.bench.bench_decode", "--model", str(model), "--way", way],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
             line = next(line for line in out.splitlines() if line.startswith("FIGURES"))
             seen[way].append([float(word) for word in line.split()[1:]])

@@ -1,6 +1,6 @@
 """llm-serve against vLLM's own API server, on the same machine, with the same arguments, turn by turn.
 
-    python tests/bench/bench_serve.py MODEL_FOLDER [--rounds 3] [--json FILE]
+    python -m tests.bench.bench_serve [--model FOLDER] [--rounds 3] [--json FILE]
 
 Each round starts both servers, one after the other, and measures start, load and rest; medians over the rounds.
 """
@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import load
-import servers
+from llm_serve.host.demo_model import default_cache, ensure_demo_model
+from tests.bench import load, servers
 
 _STREAMS = (1, 8, 16)
 _TOKENS = 50
@@ -70,7 +70,7 @@ def while_loading(model: Path, cache: Path) -> Figures:
         async def both() -> None:
             while not is_over.is_set():
                 for path, took in seen.items():
-                    took += await load.probe(url, f"/{path}", seconds=0.1, every_s=0.02)
+                    took.extend(await load.probe(url, f"/{path}", seconds=0.1, every_s=0.02))
 
         asyncio.run(both())
 
@@ -99,10 +99,11 @@ def while_loading(model: Path, cache: Path) -> Figures:
 def main() -> None:
     """Measure, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("--model", type=Path, help="a model folder; the demo's without it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    model = given.model or ensure_demo_model(default_cache(os.environ), print)
     # What vLLM's server leaves among the temporary files goes with this folder.
     folder = tempfile.TemporaryDirectory(prefix="llm-serve-bench-")
     os.environ["TMPDIR"] = tempfile.tempdir = folder.name
@@ -111,13 +112,13 @@ def main() -> None:
     rounds: dict[str, list[Figures]] = {name: [] for name in kinds}
     cold: dict[str, float] = {}
     for name, start in kinds.items():
-        with start(given.model, servers.fresh(cache)) as running:
+        with start(model, servers.fresh(cache)) as running:
             cold[name] = running.first_token_s
     for number in range(given.rounds):
         for name, start in list(kinds.items())[:: 1 if number % 2 == 0 else -1]:
             rounds[name].append(measure(start, given.model, cache, is_ours=name == "llm-serve"))
             print(f"round {number + 1} {name} {time.strftime('%H:%M:%S')}: {rounds[name][-1]}", flush=True)
-    loading = while_loading(given.model, cache)
+    loading = while_loading(model, cache)
     ours, theirs = (
         {key: statistics.median(each[key] for each in rounds[name]) for key in rounds[name][0]} for name in kinds
     )

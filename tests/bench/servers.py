@@ -57,7 +57,8 @@ def llm_serve(model: Path, cache: Path) -> Iterator[Running]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.toml"
         file.write_text(
-            f'model = "{model}"\n[server]\nlisten = "127.0.0.1:{port}"\n[engine]\nserved_model_name = ["{MODEL_NAME}"]\n{options}\n'
+            f'model = "{model}"\n[server]\nlisten = "127.0.0.1:{port}"\n'
+            f'[engine]\nserved_model_name = ["{MODEL_NAME}"]\n{options}\n'
         )
         command = [sys.executable, "-c", "from llm_serve.cli.main import main; main()", "run", str(file)]
         with _started(command, port, cache, {"XDG_RUNTIME_DIR": folder}) as running:

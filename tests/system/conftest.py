@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.system.machine import Machine, machine
 
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
+from tests.system.machine import Machine, machine
 
 PROJECT = Path(__file__).parents[2]
 UNIT = "llm-serve@demo"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.system.machine import Machine
 
 pytestmark = [pytest.mark.system, pytest.mark.vllm, pytest.mark.timeout(300)]

@@ -114,3 +114,14 @@ def test_a_trap_among_the_temporary_files_is_refused(monkeypatch: pytest.MonkeyP
 
         assert [] == list(base.iterdir())
         assert 0o700 == stat.S_IMODE(base.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({"STATE_DIRECTORY": "/var/lib/a:/var/lib/b"}, "/var/lib/a"), ({"STATE_DIRECTORY": ""}, "/run/a"), ({}, "/run/a")],
+)
+def test_state_outlives_the_processes_where_systemd_has_a_place_for_it(
+    environment: dict[str, str], expected: str
+) -> None:
+    """The first of STATE_DIRECTORY, and outside of a unit the runtime folder."""
+    assert Path(expected) == boot.state_folder(Path("/run/a"), environment)

@@ -154,6 +154,22 @@ def test_shared_memory_is_found_and_removed() -> None:
         segment.unlink()
 
 
+@pytest.mark.parametrize(
+    ("name", "is_so"),
+    [
+        ("/dev/shm/psm_1", True),
+        ("/dev/shm/a/b", False),
+        ("/dev/shm/", False),
+        ("/dev/shm/../etc", False),
+        ("/tmp/dev/shm/x", False),
+        ("", False),
+    ],
+)
+def test_only_files_directly_in_shared_memory_are_taken_for_it(name: str, is_so: bool) -> None:
+    """A name that is read from a file must not lead anywhere else."""
+    assert is_so == processes.is_shared_memory(name)
+
+
 def test_a_process_that_is_gone_has_no_shared_memory(start: Start) -> None:
     """Looking into a process that has ended finds nothing and raises nothing."""
     child = start()

@@ -96,7 +96,7 @@ class ServerSettings(_Table):
     """`[server]`: who may connect, and how long they wait."""
 
     listen: str = "127.0.0.1:8000"
-    """host:port, [ipv6]:port or unix:/path; a socket handed over by systemd wins."""
+    """host:port, [ipv6]:port or unix:/path; a socket of that address from systemd is taken over."""
     api_keys: str | None = Field(default=None, pattern=r"^/")
     """File with one key a line; without keys only loopback addresses are served."""
     max_queued: int = Field(default=256, ge=0, le=1_000_000)

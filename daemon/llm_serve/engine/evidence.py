@@ -28,7 +28,7 @@ class Collector:
         """Forget the last engine, before the next is started."""
         self.phase: Phase | None = None
         self.heard = 0
-        self._errors: deque[ErrorRecord] = deque(maxlen=_ERRORS)
+        self._errors: deque[tuple[float, ErrorRecord]] = deque(maxlen=_ERRORS)
         self._output: deque[str] = deque(maxlen=_OUTPUT_LINES)
 
     def add_record(self, value: Mapping[str, Any]) -> None:
@@ -38,18 +38,24 @@ class Collector:
             self.phase = found if self.phase is None or found.ratio >= self.phase.ratio else self.phase
         if (error := value.get("exception")) and value["level"] in _ERROR_LEVELS:
             frames = tuple(error["frames"])
-            self._errors.append(ErrorRecord(value["process"], error["type"], error["text"], frames))
+            found_error = ErrorRecord(value["process"], error["type"], error["text"], frames)
+            self._errors.append((value["time"], found_error))
 
     def add_output(self, line: str) -> None:
         """Take note of one line that a process wrote past its logger."""
         self.heard += 1
         self._output.append(line)
 
-    def evidence(self, error: BaseException | None = None, *, timed_out_after_s: float | None = None) -> Evidence:
-        """What is known now, with the error that the daemon itself saw."""
+    def evidence(
+        self, error: BaseException | None = None, *, timed_out_after_s: float | None = None, since: float = 0.0
+    ) -> Evidence:
+        """What is known now, with the error that the daemon itself saw.
+
+        `since` is the Unix time before which an error explains nothing: an engine survives many that it logs.
+        """
         return Evidence(
             phase=self.phase.name if self.phase else "",
-            errors=tuple(self._errors),
+            errors=tuple(record for time, record in self._errors if time >= since),
             output_tail=tuple(self._output)[-20:],
             exit_codes=exit_codes_in(error),
             parent_error=ErrorRecord("", f"{type(error).__module__}.{type(error).__qualname__}", str(error))

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place itself, no temporary file  # noqa: S108 - the real place
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place itself, no temporary file
 
 
 def descendants(*, without: Iterable[int] = ()) -> list[psutil.Process]:

@@ -30,6 +30,7 @@ Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 OPERATIONS = frozenset({"/livez", "/readyz", "/health", "/status", "/metrics"})
 _READING = frozenset({"GET", "HEAD"})
+_READ_AHEAD_BYTES = 4 << 20  # times max_queued is the most that waiting bodies take
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _PARAMETER = re.compile(r"\{[^}]+\}")
 
@@ -108,6 +109,8 @@ class Gate:
     # What clients meet.
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return
         headers = dict(scope["headers"])
@@ -226,8 +229,9 @@ class _Buffered:
         self._pending: asyncio.Task[Message] | None = None
 
     async def until_client_leaves(self) -> None:
-        """Read the body, and return when the client has gone."""
-        while True:
+        """Read the body, and return when the client has gone; of a very long body only the beginning is read."""
+        size = 0
+        while size < _READ_AHEAD_BYTES:
             if self._pending is None:
                 self._pending = asyncio.ensure_future(self._receive())
             message = await asyncio.shield(self._pending)
@@ -235,6 +239,8 @@ class _Buffered:
             self._messages.append(message)
             if message["type"] == "http.disconnect":
                 return
+            size += len(message.get("body", b""))
+        await asyncio.Event().wait()
 
     async def stop_watching(self, watcher: asyncio.Task[None]) -> None:
         """End the watch. A read that is under way is kept for the one who reads next."""
