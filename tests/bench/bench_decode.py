@@ -86,7 +86,7 @@ def main() -> None:
         for way in list(seen)[:: 1 if number % 2 == 0 else -1]:
             command = [sys.executable, "-m", "tests.bench.bench_decode"]
             out = subprocess.run(
-                [sys.executable, "-m", "tests.bench.bench_decode", "--model", str(model), "--way", way],
+                [*command, "--model", str(model), "--way", way],
                 capture_output=True,
                 text=True,
                 check=True,

@@ -197,7 +197,8 @@ def _is_current(now: Situation, epoch: int) -> bool:
 def _start(now: Situation, state: State, reason: str, at: float) -> Step:
     recent = within_window(now.starts, at, now.limits.restart_window_s)
     if len(recent) >= now.limits.restart_limit:
-        why = f"gave up after {len(recent)} engine starts in {now.limits.restart_window_s:g} s; last failure: {now.last_failure}"
+        window_s = now.limits.restart_window_s
+        why = f"gave up after {len(recent)} engine starts in {window_s:g} s; last failure: {now.last_failure}"
         return _to(now, State.failed, why, at), (CloseGate(refuse=True), CutRequests(), Exit(70, why))
     started = replace(now, epoch=now.epoch + 1, has_engine=True, starts=(*recent, at))
     return _to(started, state, f"engine start {started.epoch}", at), (StartEngine(started.epoch, reason),)

@@ -108,7 +108,7 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
 def _bind_unix(path: Path) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # a live server with a full backlog would make it wait
+        probe.settimeout(0)  # a live server with a full backlog would make it wait
         if path.is_socket() and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
             path.unlink()  # left by a process that was killed
     try:
