@@ -22,6 +22,7 @@ import httpx
 import psutil
 
 import llm_serve
+from llm_serve.host.processes import shared_memory_of
 
 MODEL_NAME = "smollm2-135m-instruct"
 ENGINE: Mapping[str, Any] = {
@@ -72,7 +73,7 @@ def instance_text(model: str | Path, tables: Tables) -> str:
 
 
 class Daemon:
-    """`llm-serve run FILE` in a session of its own, so that whatever it leaves behind can be found.
+    """`llm-serve run FILE` with folders of its own, by which whatever it leaves behind can be found.
 
     `tables` are those of the instance file; a free port, and the settings in ENGINE, are filled in.
     """
@@ -201,20 +202,28 @@ class Daemon:
         return 0.0
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process of the daemon's session, also those that init has adopted."""
+        """Every living process that was started with the daemon's own runtime folder, whoever its parent is by now."""
         found = []
-        for pid in psutil.pids():
+        for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                process = psutil.Process(pid)
-                if os.getsid(pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                if self._is_ours(process) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 
+    def _is_ours(self, process: psutil.Process) -> bool:
+        return process.environ().get("XDG_RUNTIME_DIR") == str(self.runtime)
+
     def new_shared_memory(self) -> list[Path]:
         """Files in /dev/shm that were not there before and that no process of somebody else has mapped."""
-        return sorted(
-            set(_SHARED_MEMORY.iterdir()) - self._shared_before - _mapped_by_others(self.pid if self._process else 0)
-        )
+        return sorted(set(_SHARED_MEMORY.iterdir()) - self._shared_before - self._mapped_by_others())
+
+    def _mapped_by_others(self) -> set[Path]:
+        others = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if not self._is_ours(process):
+                    others.append(process)
+        return set(shared_memory_of(others))
 
     def temporary_files(self) -> list[str]:
         """Whatever lies in its TMPDIR and its runtime folder, folders that are empty left out."""
@@ -246,7 +255,9 @@ class Later:
     """The result, or the error, of a call that runs in a thread."""
 
     def __init__(self, ask: Callable[[], Any]) -> None:
-        self._ask, self._value, self._error = ask, None, None
+        self._ask = ask
+        self._value: Any = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -254,7 +265,7 @@ class Later:
         try:
             self._value = self._ask()
         except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread
-            self._error: BaseException | None = error
+            self._error = error
 
     @property
     def is_done(self) -> bool:
@@ -315,13 +326,3 @@ class Stream:
     def close(self) -> None:
         """Let go of the connection."""
         self._client.close()
-
-
-def _mapped_by_others(session: int) -> set[Path]:
-    found: set[Path] = set()
-    for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error, OSError):
-            if os.getsid(pid) != session:
-                names = re.findall(r"/dev/shm/([^\s/]+)", Path(f"/proc/{pid}/maps").read_text(errors="replace"))
-                found |= {_SHARED_MEMORY / name for name in names}
-    return found

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.samples import Sample
 
 from llm_serve.core.machine import State
 from llm_serve.core.status import Snapshot
@@ -75,6 +76,51 @@ def _optional(name: str, text: str, value: float | None) -> Iterable[GaugeMetric
     return () if value is None else (_gauge(name, text, value),)
 
 
+class Continuous:
+    """A registry in which vLLM's counters go on where the last engine's ended.
+
+    Each engine starts them at zero, which Prometheus would take for a restart of the process and graph as a burst.
+    A value that has become smaller is the sign of a new engine; `observe` is called at an engine's end too, so that
+    what was counted after the last scrape is not lost.
+    """
+
+    def __init__(self, inner: prometheus_client.CollectorRegistry) -> None:
+        self._inner = inner
+        self._last: dict[_Series, float] = {}
+        self._before: dict[_Series, float] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """The families of the inner registry, with vLLM's counters and histograms carried on."""
+        for family in self._inner.collect():
+            if family.name.startswith("vllm:") and family.type in {"counter", "histogram"}:
+                self._note_new_engine(family)
+                family.samples = [self._carried_on(sample) for sample in family.samples]
+            yield family
+
+    def observe(self) -> None:
+        """Take note of all values as they are now."""
+        for _ in self.collect():
+            pass
+
+    def _note_new_engine(self, family: Metric) -> None:
+        """One value that is smaller than before means that all of the family began anew."""
+        if any(sample.value < self._last.get(_series(sample), 0.0) for sample in family.samples):
+            for series in map(_series, family.samples):
+                self._before[series] = self._before.get(series, 0.0) + self._last.get(series, 0.0)
+        self._last |= {_series(sample): sample.value for sample in family.samples}
+
+    def _carried_on(self, sample: Sample) -> Sample:
+        return sample._replace(value=sample.value + self._before.get(_series(sample), 0.0))
+
+
+def _series(sample: Sample) -> _Series:
+    return sample.name, tuple(sorted(sample.labels.items()))
+
+
+_Series = tuple[str, tuple[tuple[str, str], ...]]
+continuous = Continuous(prometheus_client.REGISTRY)
+
+
 def render() -> bytes:
     """Everything in the registry in Prometheus's text format."""
-    return prometheus_client.generate_latest()
+    return prometheus_client.generate_latest(continuous)

@@ -229,6 +229,7 @@ class Supervisor:
             "max_model_len": config.model_config.max_model_len,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
         }
+        metrics.continuous.observe()
         self._survivor.bind(engine.llm, engine.epoch)
 
     def _fail(self, epoch: int, failure: Failure, evidence: Evidence | None = None) -> None:
@@ -240,10 +241,10 @@ class Supervisor:
         """A request, or the watch, has met a dead engine."""
         if self._engine is not None and self._engine.epoch == epoch:
             engine, self._engine = self._engine, None
+            metrics.continuous.observe()
             if self._survivor is not None:
                 self._survivor.unbind()
-            assert self.gate is not None
-            self.gate.hold()
+            self._events.put_nowait(machine.EngineLost(epoch))
             self._spawn(self._bury(engine))
 
     async def _bury(self, engine: Engine) -> None:

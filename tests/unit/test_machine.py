@@ -18,6 +18,7 @@ from llm_serve.core.machine import (
     Drain,
     Drained,
     EngineFailed,
+    EngineLost,
     EngineReady,
     EngineStopped,
     Event,
@@ -41,9 +42,10 @@ BAD_WEIGHTS = Failure(Kind.weights, "HeaderTooLarge.", "Download it again.")
 
 WAITING = Situation(LIMITS)
 STARTING = replace(WAITING, state=State.starting, epoch=1, has_engine=True, starts=(10.0,))
-SERVING = replace(STARTING, state=State.serving)
+SERVING = replace(STARTING, state=State.serving, has_served=True)
+LOST = replace(SERVING, state=State.recovering)
 PAUSING = replace(SERVING, state=State.recovering, has_engine=False, last_failure=CRASH, failures_in_a_row=1)
-RESTARTING = replace(PAUSING, epoch=2, has_engine=True, starts=(10.0, 20.0))
+RESTARTING = replace(PAUSING, epoch=2, has_engine=True, has_served=False, starts=(10.0, 20.0))
 DRAINING = replace(SERVING, state=State.draining)
 STOPPING = replace(DRAINING, is_stopping_now=True)
 STOPPED = replace(STOPPING, state=State.stopped)
@@ -52,7 +54,7 @@ SPENT = replace(PAUSING, starts=(50.0, 60.0, 70.0))
 
 AT = 80.0
 REFUSE, HOLD = CloseGate(refuse=True), CloseGate(refuse=False)
-GAVE_UP = "gave up after 3 engine starts in 0.0277778 h; last failure: crashed: EngineCore was ended by SIGSEGV."
+GAVE_UP = "gave up after 3 engine starts in 100 s; last failure: crashed: EngineCore was ended by SIGSEGV."
 BROKEN = "weights: HeaderTooLarge. Download it again."
 
 ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
@@ -64,6 +66,14 @@ ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
         EngineFailed(1, BAD_WEIGHTS),
         State.failed,
         (REFUSE, CutRequests(), Exit(78, BROKEN)),
+    ),
+    "an engine is found dead while serving": (SERVING, EngineLost(1), State.recovering, (HOLD,)),
+    "the death of a lost engine is explained": (LOST, EngineFailed(1, CRASH), State.recovering, (HOLD, Pause(2, 0.0))),
+    "what has served is tried again though it is lost": (
+        LOST,
+        EngineFailed(1, BAD_WEIGHTS),
+        State.recovering,
+        (HOLD, Pause(2, 0.0)),
     ),
     "an engine dies while serving": (SERVING, EngineFailed(1, CRASH), State.recovering, (HOLD, Pause(2, 0.0))),
     "what has served is tried again whatever it died of": (
@@ -226,6 +236,7 @@ EPOCHS = st.integers(min_value=0, max_value=6)
 EVENTS = st.one_of(
     st.builds(HostReady),
     st.builds(EngineReady, EPOCHS),
+    st.builds(EngineLost, EPOCHS),
     st.builds(EngineFailed, EPOCHS, FAILURES),
     st.builds(PauseOver, EPOCHS),
     st.builds(Drained),
@@ -264,7 +275,7 @@ class World:
 
     def _is_stale(self, event: Event) -> bool:
         """True for a fact about an engine that is not current."""
-        return isinstance(event, EngineReady | EngineFailed) and event.epoch != self.engine
+        return isinstance(event, EngineReady | EngineLost | EngineFailed) and event.epoch != self.engine
 
     def _carry_out(self, order: Action) -> None:
         match order:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
-from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -107,3 +107,33 @@ def test_values_are_those_of_the_snapshot() -> None:
         found[f"llm_serve_{name}"].samples[0].value
         for name in ("start_progress_ratio", "rung", "process_uptime_seconds")
     )
+
+
+def test_counters_of_an_engine_go_on_where_the_last_one_ended() -> None:
+    """A new engine counts from zero; what is shown never becomes smaller, and gauges are left as they are."""
+    inner = CollectorRegistry()
+    shown = metrics.Continuous(inner)
+
+    def engine(count: int, seconds: float, running: int) -> list[Counter | Gauge | Histogram]:
+        counter = Counter("vllm:tokens", "t", ["model"], registry=inner)
+        histogram = Histogram("vllm:latency", "l", buckets=(1,), registry=inner)
+        gauge = Gauge("vllm:running", "r", registry=inner)
+        counter.labels("m").inc(count)
+        histogram.observe(seconds)
+        gauge.set(running)
+        return [counter, histogram, gauge]
+
+    def values() -> dict[str, float]:
+        return {sample.name: sample.value for family in shown.collect() for sample in family.samples}
+
+    first = engine(100, 0.5, 7)
+    before = values()
+    for collector in first:
+        inner.unregister(collector)
+    engine(3, 0.25, 2)
+    after = values()
+
+    assert (100, 103) == (before["vllm:tokens_total"], after["vllm:tokens_total"])
+    assert (0.75, 2) == (after["vllm:latency_sum"], after["vllm:latency_count"])
+    assert 2 == after["vllm:running"]
+    assert after == values()

@@ -102,14 +102,14 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
     places = factory.Places(runtime, boot.state_folder(runtime, os.environ))
     factory.remove_leftovers(places)
     supervisor, receiver = _supervisor(start, places)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, supervisor.request_stop)
     REGISTRY.register(metrics.SnapshotCollector(supervisor.snapshot))
     inside = operations.create(supervisor.snapshot, _model_names(start.settings))
     supervisor.gate = _gate(start, inside)
     servers = [Server(supervisor.gate, listener), Server(inside, control)]
     for server in servers:
         await server.start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, supervisor.request_stop)
     try:
         return await supervisor.run(architectures.named_by(start.settings.model))
     finally:

@@ -47,6 +47,13 @@ class EngineReady:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLost:
+    """The engine of this epoch has been found dead. Why, and that its remains are gone, follows as EngineFailed."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFailed:
     """The engine of this epoch did not start, or died. Nothing of it is left."""
 
@@ -76,7 +83,7 @@ class EngineStopped:
     """Every process of the engine is gone, after a stop."""
 
 
-Event = HostReady | EngineReady | EngineFailed | PauseOver | StopRequested | Drained | EngineStopped
+Event = HostReady | EngineReady | EngineLost | EngineFailed | PauseOver | StopRequested | Drained | EngineStopped
 
 
 # Actions are orders.
@@ -148,7 +155,8 @@ class Situation:
     """Everything the next decision depends on.
 
     `why` is a sentence for people, `since` monotonic seconds. `has_engine` is true while the engine of
-    `epoch` is up or coming up: from StartEngine to the fact that nothing of it is left.
+    `epoch` is up or coming up: from StartEngine to the fact that nothing of it is left. `has_served` is true once
+    that engine has answered.
     """
 
     limits: Limits
@@ -157,6 +165,7 @@ class Situation:
     why: str = "waiting for the host"
     epoch: int = 0
     has_engine: bool = False
+    has_served: bool = False
     starts: tuple[float, ...] = ()
     failures_in_a_row: int = 0
     last_failure: Failure | None = None
@@ -175,9 +184,11 @@ def step(now: Situation, event: Event, at: float) -> Step:  # noqa: PLR0911 - a 
             return _start(now, State.starting, "start", at)
         case PauseOver(epoch) if now.state is State.recovering and epoch == now.epoch + 1:
             return _start(now, State.recovering, str(now.last_failure and now.last_failure.kind), at)
-        case EngineReady(epoch) if _is_current(now, epoch) and now.state in HOLDING:
-            serving = replace(now, failures_in_a_row=0)
+        case EngineReady(epoch) if _is_current(now, epoch) and now.state in HOLDING and not now.has_served:
+            serving = replace(now, failures_in_a_row=0, has_served=True)
             return _to(serving, State.serving, "the engine answers", at), (OpenGate(),)
+        case EngineLost(epoch) if _is_current(now, epoch) and now.state is State.serving:
+            return _to(now, State.recovering, "the engine died", at), (CloseGate(refuse=False),)
         case EngineFailed(epoch, failure) if _is_current(now, epoch):
             return _after_failure(replace(now, has_engine=False), failure, at)
         case StopRequested():
@@ -200,7 +211,7 @@ def _start(now: Situation, state: State, reason: str, at: float) -> Step:
         window_s = now.limits.restart_window_s
         why = f"gave up after {len(recent)} engine starts in {window_s:g} s; last failure: {now.last_failure}"
         return _to(now, State.failed, why, at), (CloseGate(refuse=True), CutRequests(), Exit(70, why))
-    started = replace(now, epoch=now.epoch + 1, has_engine=True, starts=(*recent, at))
+    started = replace(now, epoch=now.epoch + 1, has_engine=True, has_served=False, starts=(*recent, at))
     return _to(started, state, f"engine start {started.epoch}", at), (StartEngine(started.epoch, reason),)
 
 
@@ -209,7 +220,7 @@ def _after_failure(now: Situation, failure: Failure, at: float) -> Step:
         return _to(now, State.draining, "the engine died while draining", at), (CutRequests(),)
     failed = replace(now, last_failure=failure, failures_in_a_row=now.failures_in_a_row + 1)
     # A plan that has served is not refused for good: if its files are bad by now, the next start says so.
-    if failure.kind in DETERMINISTIC and now.state is not State.serving:
+    if failure.kind in DETERMINISTIC and not now.has_served:
         why = str(failure)
         return _to(failed, State.failed, why, at), (CloseGate(refuse=True), CutRequests(), Exit(78, why))
     pause = Pause(now.epoch + 1, backoff_s(failed.failures_in_a_row))
