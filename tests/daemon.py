@@ -122,6 +122,11 @@ class Daemon:
             )  # fmt: skip
         return self
 
+    def check(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """Run `llm-serve check` on its file."""
+        command = [sys.executable, "-c", _CONSOLE_ENTRY, "check", str(self.file), *options]
+        return subprocess.run(command, env=self._environ, check=False, capture_output=True, text=True, timeout=120)
+
     @property
     def pid(self) -> int:
         """The daemon's own pid."""

@@ -1,0 +1,219 @@
+"""What is wrong is said in words, with its place and its remedy, and ends with the right exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon import MODEL_NAME, Daemon
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+MakeDaemon = Callable[..., Daemon]
+
+
+def _ends(daemon: Daemon, status: int, *phrases: str) -> None:
+    """Assert how a daemon ends and what its log says."""
+    assert status == daemon.wait_for_exit(120), daemon.log()[-4000:]
+    log = " ".join(daemon.log().split())
+    for phrase in phrases:
+        assert phrase in log, daemon.log()[-6000:]
+    assert "Traceback" not in daemon.log()
+
+
+BAD_TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "unknown option of ours": (
+        {"server": {"max_qeued": 1}},
+        ("tiny.toml:5: server.max_qeued: unknown option", "Did you mean max_queued?"),
+    ),
+    "wrong type": ({"server": {"hold_timeout_s": "long"}}, ("server.hold_timeout_s: must be a number", "long")),
+    "below the bound": ({"recovery": {"restart_limit": 0}}, ("recovery.restart_limit:", "1")),
+    "an address for all without keys": (
+        {"server": {"listen": "0.0.0.0:8999"}},
+        ("server.listen:", "0.0.0.0:8999", "api_keys"),
+    ),
+    "no address": ({"server": {"listen": "everywhere"}}, ("server.listen:", "host:port")),
+    "key file that is not there": (
+        {"server": {"api_keys": "/nonexistent/keys"}},
+        ("/nonexistent/keys", "server.api_keys"),
+    ),
+    "unknown option of vLLM's": (
+        {"engine": {"max_model_length": 8}},
+        ("engine.max_model_length:", "Did you mean max_model_len?"),
+    ),
+    "wrong value of vLLM's": ({"engine": {"dtype": "bf16"}}, ("engine.dtype:", "Did you mean bfloat16?")),
+    "an option that is ours to set": ({"engine": {"port": 1}}, ("engine.port:", "server.listen")),
+    "a length that the model has not": (
+        {"engine": {"max_model_len": 1_000_000}},
+        ("engine.max_model_len:", "8192"),
+    ),
+    "a dangerous variable": (
+        {"engine.env": {"VLLM_SERVER_DEV_MODE": "1"}},
+        ("VLLM_SERVER_DEV_MODE",),
+    ),
+    "a chat template that is not there": (
+        {"engine": {"chat_template": "/nonexistent/template.jinja"}},
+        ("/nonexistent/template.jinja",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_wrong_file_ends_with_78_and_the_place(daemon: MakeDaemon, case: str) -> None:
+    """Each mistake has a message of its own that names the option and the remedy."""
+    tables, phrases = BAD_TABLES[case]
+    _ends(daemon(tables), 78, *phrases)
+
+
+def test_all_mistakes_of_a_file_are_named_at_once(daemon: MakeDaemon) -> None:
+    """Nobody has to fix a file one start at a time."""
+    wrong = {"server": {"max_qeued": 1, "hold_timeout_s": "long"}, "recovery": {"restart_limit": 0}}
+    _ends(daemon(wrong), 78, "server.max_qeued", "server.hold_timeout_s", "recovery.restart_limit")
+
+
+def test_broken_toml_is_named_with_its_line(daemon: MakeDaemon) -> None:
+    """A file that cannot be read as TOML says where."""
+    _ends(daemon(text='model = "x"\n[server\n'), 78, "tiny.toml:2:")
+
+
+def test_a_missing_file_names_what_there_is(daemon: MakeDaemon) -> None:
+    """An instance that does not exist is no traceback."""
+    asked = daemon(text="model = 1")
+    asked.wait_for_exit(60)
+    asked.file.unlink()
+    _ends(asked.start(), 78, "tiny.toml", "does not exist")
+
+
+def test_a_port_in_use_is_named_with_its_holder(daemon: MakeDaemon, model: Path) -> None:
+    """Exit 75: it may be free at the next try."""
+    first = daemon().wait_for_answers()
+    second = Daemon(model, {"server": {"listen": f"127.0.0.1:{first.port}"}}).start()
+    try:
+        _ends(second, 75, f"127.0.0.1:{first.port} is in use by", str(first.pid), "server.listen")
+        assert 200 == first.http.get("/livez").status_code
+    finally:
+        second.destroy()
+
+
+@pytest.fixture
+def broken(model: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of the model whose big file is a link; `broken(name)` removes one file of it."""
+
+    def make(missing: str = "") -> Path:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for file in model.iterdir():
+            if file.name == "model.safetensors":
+                (folder / file.name).symlink_to(file)
+            else:
+                shutil.copy(file, folder)
+        if missing:
+            (folder / missing).unlink()
+        return folder
+
+    return make
+
+
+def test_a_missing_model_folder(daemon: MakeDaemon, tmp_path: Path) -> None:
+    """A path that is not there is not taken for a hub id."""
+    _ends(daemon(model=tmp_path / "nowhere"), 78, "nowhere does not exist")
+
+
+def test_a_model_without_config(daemon: MakeDaemon, broken: Callable[[str], Path]) -> None:
+    """A folder without config.json is no model."""
+    _ends(daemon(model=broken("config.json")), 78, "has no config.json")
+
+
+def test_a_model_without_weights(daemon: MakeDaemon, broken: Callable[[str], Path]) -> None:
+    """A folder without weights is found before an engine is built."""
+    _ends(daemon(model=broken("model.safetensors")), 78, "weight")
+
+
+def test_a_truncated_weight_file(daemon: MakeDaemon, model: Path, broken: Callable[[str], Path]) -> None:
+    """A download that was cut short names the file and both sizes."""
+    folder = broken("model.safetensors")
+    whole = (model / "model.safetensors").stat().st_size
+    with (model / "model.safetensors").open("rb") as source:
+        (folder / "model.safetensors").write_bytes(source.read(1 << 20))
+    _ends(daemon(model=folder), 78, "model.safetensors", str(1 << 20), str(whole))
+
+
+def test_a_config_that_is_no_json(daemon: MakeDaemon, broken: Callable[[str], Path]) -> None:
+    """A damaged config.json is named."""
+    folder = broken("")
+    (folder / "config.json").write_text("{")
+    _ends(daemon(model=folder), 78, "config.json")
+
+
+def test_a_model_without_tokenizer(daemon: MakeDaemon, broken: Callable[[str], Path]) -> None:
+    """A folder without a tokenizer is found before an engine is built."""
+    folder = broken("tokenizer.json")
+    _ends(daemon(model=folder), 78, "tokenizer")
+
+
+def test_a_model_without_chat_template_serves_completions(daemon: MakeDaemon, broken: Callable[[str], Path]) -> None:
+    """It serves; a chat gets a 400 that says what is missing."""
+    serving = daemon(model=broken("chat_template.jinja")).wait_ready()
+    answer = serving.chat()
+    assert (400, True) == (answer.status_code, "chat template" in answer.text)
+    plain = serving.http.post("/v1/completions", json={"model": MODEL_NAME, "prompt": "One", "max_tokens": 1})
+    assert 200 == plain.status_code
+
+
+def test_a_cache_that_cannot_be_written(daemon: MakeDaemon) -> None:
+    """Said before vLLM turns it into "failed to be inspected"."""
+    _ends(
+        daemon(environ={"VLLM_CACHE_ROOT": "/dev/null/cache"}), 78, "VLLM_CACHE_ROOT", "cannot write to /dev/null/cache"
+    )
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own with nothing free."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    folder = tmp_path / "full"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(daemon: MakeDaemon, full_disk: Path) -> None:
+    """Exit 75, with the folder and how much is free."""
+    (full_disk / "filler").write_bytes(b"0" * 900_000)
+    _ends(daemon(environ={"VLLM_CACHE_ROOT": str(full_disk)}), 75, "MiB are free", str(full_disk), "VLLM_CACHE_ROOT")
+
+
+def test_an_engine_that_does_not_fit_says_what_to_change(daemon: MakeDaemon) -> None:
+    """The child's own words arrive, not "Engine core initialization failed", and the limit is kept: exit 70."""
+    tables = {"engine": {"kv_cache_memory_bytes": 32 << 20}, "recovery": {"restart_limit": 1}}
+    _ends(daemon(tables), 70, "gave up after 1 engine starts", "out_of_memory", "estimated maximum model length is")
+
+
+def test_a_start_that_takes_too_long_is_ended(daemon: MakeDaemon) -> None:
+    """The deadline is ours: vLLM has none."""
+    tables = {"recovery": {"restart_limit": 1, "start_timeout_s": 3.0}}
+    slow = daemon(tables)
+    _ends(slow, 70, "start_timeout", "not ready 3 s after its start", "recovery.start_timeout_s")
+    assert [] == slow.processes()
+
+
+def test_check_finds_the_same_without_starting(daemon: MakeDaemon, model: Path, tmp_path: Path) -> None:
+    """`llm-serve check` prints the plan of a right file as JSON, and 78 with the place for a wrong one."""
+    right = Daemon(model, {})
+    try:
+        done = right.check("--json")
+        assert 0 == done.returncode, done.stderr
+        assert "max_model_len" in json.dumps(json.loads(done.stdout))
+        right.file.write_text(right.file.read_text().replace("max_num_seqs", "max_num_sequences"))
+        wrong = right.check()
+        assert (78, True) == (wrong.returncode, "Did you mean max_num_seqs?" in wrong.stderr)
+    finally:
+        right.destroy()
