@@ -17,7 +17,7 @@ from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.failures import Evidence, Failure, Kind, classify
 from llm_serve.core.machine import State
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.progress import SERVING, Phase
+from llm_serve.core.progress import SERVING, Phase, is_progress
 from llm_serve.core.settings import Settings
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.evidence import Collector
@@ -28,7 +28,7 @@ from llm_serve.host.systemd import Notifier
 from llm_serve.web.gate import Gate
 
 _WATCH_EVERY_S = 0.5
-_EXTEND_EVERY_S, _EXTEND_BY_S = 5.0, 90.0
+_EXTEND_EVERY_S, _EXTEND_BY_S = 2.5, 30.0
 _LOG_STATS_EVERY_S = 10.0
 _CAUSE_WITHIN_S = 60.0
 _WAITING = Phase("waiting", 0.0)
@@ -283,22 +283,26 @@ class Supervisor:
 
     async def _tell_service_manager(self) -> None:
         """The watchdog hears from this loop, the one that judges health, and from nobody else."""
-        pause_s = min(1.0, (self._notifier.watchdog_s or 30.0) / 4)
+        pause_s, last = min(1.0, (self._notifier.watchdog_s or 30.0) / 4), _WAITING
         while True:
             self._notifier.alive()
             self._notifier.status(self.snapshot().line)
+            if self._situation.state in machine.HOLDING and (phase := self._phase()) != last:
+                last = phase
+                get_logger().info(f"{phase.name}, {phase.ratio:.0%}", state=self._situation.state.value)
             await asyncio.sleep(pause_s)
 
     async def _extend_start(self) -> None:
-        """Ask for more start time, but only while something is being done."""
-        last = None
+        """Ask for more start time, but only while something is being done; say what, for those who watch."""
+        self._notifier.extend_start(_EXTEND_BY_S)
         while True:
-            if self._situation.state in machine.HOLDING or self._situation.state is State.draining:
-                marks = self._factory.engine_marks()
-                if marks != last:
-                    self._notifier.extend_start(_EXTEND_BY_S)
-                last = marks
+            before = self._factory.marks()
             await asyncio.sleep(_EXTEND_EVERY_S)
+            if self._situation.state in machine.HOLDING or self._situation.state is State.draining:
+                if is_progress(before, self._factory.marks(), _EXTEND_EVERY_S):
+                    self._notifier.extend_start(_EXTEND_BY_S)
+            else:
+                await asyncio.sleep(_EXTEND_EVERY_S)
 
     async def _log_stats(self) -> None:
         while True:

@@ -53,6 +53,10 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"engine": {"max_model_len": 1_000_000}},
         ("engine.max_model_len:", "8192"),
     ),
+    "a reasoning parser for other models": (
+        {"engine": {"reasoning_parser": "deepseek_r1"}},
+        ("engine", "could not locate think start/end tokens"),
+    ),
     "a dangerous variable": (
         {"engine.env": {"VLLM_SERVER_DEV_MODE": "1"}},
         ("VLLM_SERVER_DEV_MODE",),
@@ -194,7 +198,11 @@ def test_a_full_disk(daemon: MakeDaemon, full_disk: Path) -> None:
 def test_an_engine_that_does_not_fit_says_what_to_change(daemon: MakeDaemon) -> None:
     """The child's own words arrive, not "Engine core initialization failed", and the limit is kept: exit 70."""
     tables = {"engine": {"kv_cache_memory_bytes": 32 << 20}, "recovery": {"restart_limit": 1}}
-    _ends(daemon(tables), 70, "gave up after 1 engine starts", "out_of_memory", "estimated maximum model length is")
+    starting = daemon(tables)
+    assert 70 == starting.wait_for_exit(120), starting.log()[-4000:]
+    last = " ".join(starting.log().splitlines()[-3:])
+    for phrase in ("gave up after 1 engine starts", "out_of_memory", "estimated maximum model length is"):
+        assert phrase in last, starting.log()[-6000:]
 
 
 def test_a_start_that_takes_too_long_is_ended(daemon: MakeDaemon) -> None:

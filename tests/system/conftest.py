@@ -49,13 +49,16 @@ _LAUNCHER = "#!/bin/sh\nPYTHONPATH='{daemon}' exec '{python}' -c 'from llm_serve
 
 
 def _open_the_checkout(built: Machine) -> None:
-    """Let the service user reach an interpreter and a checkout that live in somebody's home, as in development.
+    """Let the service user reach an interpreter and a checkout that live in somebody's home or in /tmp, as in development.
 
-    An installed service has its environment under /opt, and ProtectHome stays on.
+    An installed service has its environment under /opt, and both protections stay on.
     """
-    for path in (Path(sys.executable).resolve(), PROJECT):
+    hidden = {"/root": "ProtectHome=no", "/home": "ProtectHome=no", "/tmp": "PrivateTmp=no"}
+    lifted = set()
+    for path in (Path(sys.executable).resolve(), Path(sys.prefix), PROJECT):
         for parent in (path, *path.parents):
             inside = built.root / str(parent).lstrip("/")
             inside.chmod(inside.stat().st_mode | 0o011)
-    if any(str(path).startswith(("/root", "/home")) for path in (Path(sys.executable).resolve(), PROJECT)):
-        built.write("/etc/systemd/system/llm-serve@.service.d/checkout.conf", "[Service]\nProtectHome=no\n")
+        lifted |= {option for place, option in hidden.items() if path.is_relative_to(place)}
+    if lifted:
+        built.write("/etc/systemd/system/llm-serve@.service.d/checkout.conf", "\n".join(["[Service]", *lifted, ""]))

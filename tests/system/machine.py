@@ -66,8 +66,10 @@ class Machine:
             "--keep-unit",
             "--private-network",
         ]
+        # Its own tmpfs on /tmp would hide a checkout that lies there.
+        environment = os.environ | {"SYSTEMD_NSPAWN_TMPFS_TMP": "0"}
         self._nspawn = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self._leader = self.wait_until(self._find_leader, _BOOT_LIMIT_S, "a first process")
         self.wait_until(self._is_up, _BOOT_LIMIT_S, "systemd to be up")

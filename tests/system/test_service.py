@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,41 @@ def test_second_sigterm_cuts_a_stream_with_an_error(served: Machine) -> None:
     assert '"error"' in text
     assert '"finish_reason":"length"' not in text
     served.wait_until(lambda: served.show(UNIT, "ActiveState") == "inactive", 20, "the end")
+
+
+@pytest.fixture
+def short_start(box: Machine) -> Iterator[Machine]:
+    """The unit with far less start time than a model needs."""
+    box.run("systemctl", "stop", UNIT, timeout=100)
+    box.write(_SHORT, "[Service]\nTimeoutStartSec=4\n")
+    box.run("systemctl", "daemon-reload")
+    yield box
+    (box.root / _SHORT.lstrip("/")).unlink()
+    box.run("systemctl", "daemon-reload")
+    box.run("systemctl", "stop", UNIT, timeout=100)
+
+
+_SHORT = "/etc/systemd/system/llm-serve@.service.d/short.conf"
+
+
+def test_a_start_that_makes_progress_gets_the_time_it_needs(short_start: Machine) -> None:
+    """With 4 s allowed, a start of some 15 s succeeds, because it says that it is getting on."""
+    began = time.monotonic()
+    short_start.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
+    assert 5 < time.monotonic() - began
+    assert "0" == short_start.show(UNIT, "NRestarts")
+
+
+def test_a_start_that_stands_still_gets_no_more_time(short_start: Machine) -> None:
+    """An engine that is frozen while it starts does nothing, so systemd's patience ends."""
+    short_start.run("systemctl", "start", "--no-block", UNIT)
+    main = short_start.wait_until(lambda: short_start.show(UNIT, "MainPID").strip("0"), 20, "a daemon")
+    short_start.wait_until(lambda: "engine's processes" in short_start.show(UNIT, "StatusText"), 60, "an engine start")
+    short_start.wait_until(lambda: len(_pids(short_start)) >= 4, 30, "EngineCore")
+    frozen = _pids(short_start) - {main}
+    short_start.run("kill", "-STOP", *frozen)
+    short_start.wait_until(lambda: short_start.show(UNIT, "MainPID") != main, 90, "systemd to end it")
+    assert any("start operation timed out" in str(entry.get("MESSAGE")) for entry in short_start.journal(UNIT))
 
 
 def test_broken_file_fails_once_with_78_and_the_reason(box: Machine) -> None:

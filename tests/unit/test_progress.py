@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_serve.core import progress
-from llm_serve.core.progress import phase_of
+from llm_serve.core.progress import Marks, is_progress, phase_of
 
 # In the order in which a start on one GPU writes them.
 MESSAGES = [
@@ -13,7 +13,7 @@ MESSAGES = [
     ("Starting to load model /models/m...", "loading weights"),
     ("Loading weights took 0.72 seconds", "weights loaded"),
     ("Model loading took 14.25 GiB memory and 3.2 seconds", "weights loaded"),
-    ("Starting torch.compile", "compiling"),
+    ("Dynamo bytecode transform time: 4.70 s", "compiling"),
     ("Available KV cache memory: 108.31 GiB", "measuring memory"),
     ("GPU KV cache size: 2,028,000 tokens, Maximum concurrency for 32,768 tokens", "making the KV cache"),
     ("Capturing CUDA graphs (decode, FULL): 12%", "capturing CUDA graphs"),
@@ -46,3 +46,19 @@ def test_a_start_only_goes_forward() -> None:
 def test_any_other_message_names_no_phase(message: str) -> None:
     """What is no marker is not taken for one."""
     assert phase_of(message) is None
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        pytest.param(Marks(10.0, 100, 5), False, id="nothing"),
+        pytest.param(Marks(10.04, 100, 5), False, id="the loop's own ticking"),
+        pytest.param(Marks(10.2, 100, 5), True, id="work"),
+        pytest.param(Marks(10.0, 101, 5), True, id="something read"),
+        pytest.param(Marks(10.0, 100, 6), True, id="a log line"),
+        pytest.param(Marks(9.0, 100, 5), False, id="a process that counted has ended"),
+    ],
+)
+def test_progress_is_what_changes_more_than_waiting_does(after: Marks, expected: bool) -> None:
+    """A start is extended for work, for reading and for words, and not for the passing of time."""
+    assert expected == is_progress(Marks(10.0, 100, 5), after, 2.5)

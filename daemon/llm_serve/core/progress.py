@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ _MARKERS = (
     ("Starting to load model", Phase("loading weights", 0.40)),
     ("Loading weights took", Phase("weights loaded", 0.60)),
     ("Model loading took", Phase("weights loaded", 0.62)),
-    ("torch.compile", Phase("compiling", 0.66)),
+    ("Dynamo bytecode transform time", Phase("compiling", 0.66)),
     ("Available KV cache memory", Phase("measuring memory", 0.75)),
     ("KV cache size", Phase("making the KV cache", 0.80)),
     ("Capturing CUDA graphs", Phase("capturing CUDA graphs", 0.85)),
@@ -37,3 +38,21 @@ _MARKERS = (
 def phase_of(message: str) -> Phase | None:
     """The phase that a log message announces, or None for any other message."""
     return next((phase for marker, phase in _MARKERS if marker in message), None)
+
+
+class Marks(NamedTuple):
+    """What work leaves behind, counted from some beginning: CPU seconds, bytes read, records and lines heard."""
+
+    cpu_s: float
+    bytes_read: int
+    heard: int
+
+
+LEAST_CPU_SHARE = 0.05
+"""Of one core. A daemon that only waits uses a tenth of this; one that imports, or an engine that loads, all of it."""
+
+
+def is_progress(before: Marks, after: Marks, seconds: float) -> bool:
+    """True when something was done in the `seconds` between two marks, and not merely waited."""
+    is_busy = after.cpu_s - before.cpu_s >= LEAST_CPU_SHARE * seconds
+    return is_busy or after.bytes_read > before.bytes_read or after.heard > before.heard

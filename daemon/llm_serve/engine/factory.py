@@ -28,7 +28,7 @@ import psutil
 from llm_serve.core.errors import ConfigError, HostError, LlmServeError
 from llm_serve.core.failures import Evidence
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING
+from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, Marks
 from llm_serve.engine import forkserver, relay
 from llm_serve.engine.evidence import Collector
 from llm_serve.host import processes
@@ -202,10 +202,10 @@ class Factory:
         self._logging_config.unlink(missing_ok=True)
         self._leftovers.unlink(missing_ok=True)
 
-    def engine_marks(self) -> tuple[float, int, int]:
-        """(CPU seconds, bytes read, records heard) of the engine's side: a start that makes progress changes them."""
+    def marks(self) -> Marks:
+        """What the daemon and its engine have done so far; a start that makes progress changes it."""
         everything = [psutil.Process(), *processes.descendants()]
-        return (*processes.progress_mark(everything), self._collector.heard)
+        return Marks(*processes.progress_mark(everything), self._collector.heard)
 
     async def _abandon(self, building: asyncio.Task[Engine], folders: tuple[Path, ...]) -> None:
         """Kill a start. Its thread ends by itself when its processes are gone."""

@@ -90,7 +90,7 @@ def progress_mark(processes: Iterable[psutil.Process]) -> tuple[float, int]:
             times = process.cpu_times()
             cpu_s += times.user + times.system
             bytes_read += process.io_counters().read_bytes
-    return round(cpu_s, 1), bytes_read
+    return cpu_s, bytes_read
 
 
 def holder_of_port(port: int) -> str | None:
