@@ -161,7 +161,7 @@ def test_second_sigterm_cuts_a_stream_with_an_error(served: Machine) -> None:
 def short_start(box: Machine) -> Iterator[Machine]:
     """The unit with far less start time than a model needs."""
     box.run("systemctl", "stop", UNIT, timeout=100)
-    box.write(_SHORT, "[Service]\nTimeoutStartSec=4\n")
+    box.write(_SHORT, "[Service]\nTimeoutStartSec=6\n")
     box.run("systemctl", "daemon-reload")
     yield box
     (box.root / _SHORT.lstrip("/")).unlink()
@@ -173,10 +173,10 @@ _SHORT = "/etc/systemd/system/llm-serve@.service.d/short.conf"
 
 
 def test_a_start_that_makes_progress_gets_the_time_it_needs(short_start: Machine) -> None:
-    """With 4 s allowed, a start of some 15 s succeeds, because it says that it is getting on."""
+    """With 6 s allowed, a start of some 12 s succeeds, because it says that it is getting on."""
     began = time.monotonic()
     short_start.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
-    assert 5 < time.monotonic() - began
+    assert 6 < time.monotonic() - began
     assert "0" == short_start.show(UNIT, "NRestarts")
 
 
@@ -190,6 +190,22 @@ def test_a_start_that_stands_still_gets_no_more_time(short_start: Machine) -> No
     short_start.run("kill", "-STOP", *frozen)
     short_start.wait_until(lambda: short_start.show(UNIT, "MainPID") != main, 90, "systemd to end it")
     assert any("start operation timed out" in str(entry.get("MESSAGE")) for entry in short_start.journal(UNIT))
+
+
+def test_keys_come_from_a_credential(box: Machine) -> None:
+    """A file in the credential store is all that it takes: without its key nobody comes in, and root still asks."""
+    box.run("systemctl", "stop", UNIT, timeout=100)
+    box.write("/etc/credstore/llm-serve.demo.api-keys", "a-key-for-this-test\n", 0o600)
+    try:
+        box.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
+        code = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://127.0.0.1:8000/v1/models")
+        assert "401" == box.run(*code).stdout
+        assert "200" == box.run(*code, "-H", "Authorization: Bearer a-key-for-this-test").stdout
+        assert "serving" in box.run("llm-serve", "status", "demo").stdout
+        assert "a-key-for-this-test" not in json.dumps(box.journal(UNIT))
+    finally:
+        (box.root / "etc/credstore/llm-serve.demo.api-keys").unlink()
+        box.run("systemctl", "stop", UNIT, timeout=100)
 
 
 def test_broken_file_fails_once_with_78_and_the_reason(box: Machine) -> None:
