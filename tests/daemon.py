@@ -183,6 +183,7 @@ class Daemon:
             for process in self.processes():
                 with contextlib.suppress(psutil.Error):
                     process.kill()
+            self._process.kill()  # also when its environment could not be read
             self._process.wait(10)
         for path in self.new_shared_memory():
             path.unlink(missing_ok=True)

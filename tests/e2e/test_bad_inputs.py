@@ -225,3 +225,22 @@ def test_check_finds_the_same_without_starting(daemon: MakeDaemon, model: Path, 
         assert (78, True) == (wrong.returncode, "Did you mean max_num_seqs?" in wrong.stderr)
     finally:
         right.destroy()
+
+
+def test_a_second_daemon_of_the_same_name_is_refused(daemon: MakeDaemon, model: Path) -> None:
+    """Exit 75, and the first one keeps its sockets: two files of one name in two folders share a runtime folder."""
+    first = daemon().wait_for_answers()
+    second = Daemon(model, {}, environ={"XDG_RUNTIME_DIR": str(first.runtime)}).start()
+    try:
+        _ends(second, 75, "an instance of this name runs already", str(first.runtime), "rename this file")
+        assert "starting" == first.status()["state"]
+        assert ["run/llm-serve/tiny/control.sock"] == [name for name in first.temporary_files() if "control" in name]
+    finally:
+        second.destroy()
+
+
+@pytest.mark.parametrize("case", ["no folder", "too long"])
+def test_a_runtime_folder_that_cannot_be_used(daemon: MakeDaemon, tmp_path: Path, case: str) -> None:
+    """A place where no socket can be made is named with what to set."""
+    folder = {"no folder": Path("/dev/null/run"), "too long": tmp_path / ("x" * 90)}[case]
+    _ends(daemon(environ={"XDG_RUNTIME_DIR": str(folder)}), 78, "RUNTIME_DIRECTORY", str(folder), "XDG_RUNTIME_DIR")

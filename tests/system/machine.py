@@ -52,6 +52,8 @@ class Machine:
             (self.root / "etc/systemd/system" / name).symlink_to("/dev/null")
         (self.root / "etc/systemd/system/default.target").unlink(missing_ok=True)
         (self.root / "etc/systemd/system/default.target").symlink_to("/lib/systemd/system/multi-user.target")
+        # At boot systemd-tmpfiles would empty /tmp, where a checkout may lie.
+        (self.root / "etc/tmpfiles.d/tmp.conf").write_text("")
         (self.root / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
 
     def boot(self) -> None:

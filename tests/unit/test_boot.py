@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -125,3 +126,25 @@ def test_state_outlives_the_processes_where_systemd_has_a_place_for_it(
 ) -> None:
     """The first of STATE_DIRECTORY, and outside of a unit the runtime folder."""
     assert Path(expected) == boot.state_folder(Path("/run/a"), environment)
+
+
+def test_a_runtime_folder_is_claimed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes second is told to try again, until the first one has ended."""
+    monkeypatch.setattr("llm_serve.host.boot._LONGEST_RUNTIME_BYTES", 4096)
+    claim = boot.claim(tmp_path)
+
+    with pytest.raises(HostError, match="runs already"):
+        boot.claim(tmp_path)
+    os.close(claim)
+    os.close(boot.claim(tmp_path))
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_runtime_folder_too_deep_for_sockets_is_refused(tmp_path: Path) -> None:
+    """The limit is that of the longest socket in it, and it is said before anything is bound."""
+    deep = tmp_path / ("x" * 80)
+    deep.mkdir()
+
+    with pytest.raises(ConfigError, match="too many for the sockets"):
+        boot.claim(deep)

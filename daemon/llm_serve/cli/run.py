@@ -71,6 +71,7 @@ def serve(start: Start) -> int:
     try:
         runtime = boot.runtime_folder(settings.name, os.environ)
         listener = listening.open_listener(settings, start.manager)
+        boot.claim(runtime)
         control = listening.open_control(runtime / "control.sock")
     except LlmServeError as error:
         return report(error, start.manager)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 from llm_serve.core.errors import ConfigError, HostError, Problem
 
 _LEAST_FREE_BYTES = 64 << 20
+_LONGEST_RUNTIME_BYTES = 107 - len("/e1000/") - 36
+"""What a unix socket's path leaves, when an engine's folder and the UUID that vLLM names its sockets by are off."""
 _CACHES = ("VLLM_CACHE_ROOT", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 
 
@@ -67,11 +70,36 @@ def runtime_folder(name: str, environ: Mapping[str, str]) -> Path:
     folder = Path(given) if given else base / "llm-serve" / name
     # In a folder that all may write to, whoever makes the first part could put his own in place of the rest.
     for part in (folder,) if given or private else (base, folder):
-        part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise _runtime_error(f"cannot make {part}: {error.strerror}.") from error
         if part.lstat().st_uid != os.getuid():
-            problem = Problem("environment", None, "RUNTIME_DIRECTORY", f"{part} belongs to another user.")
-            raise ConfigError((problem,))
+            raise _runtime_error(f"{part} belongs to another user.")
     return folder
+
+
+def claim(runtime: Path) -> int:
+    """Make this process the only one that uses the folder, until it ends. Returns the descriptor that holds the claim.
+
+    Two daemons with one folder would remove each other's sockets. The folder itself is locked, so nothing is left.
+    """
+    if (length := len(os.fsencode(runtime))) > _LONGEST_RUNTIME_BYTES:
+        limit = f"{length} bytes are too many for the sockets in it, {_LONGEST_RUNTIME_BYTES} are possible"
+        raise _runtime_error(f"{runtime}: {limit}.")
+    fd = os.open(runtime, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        message = f"an instance of this name runs already: {runtime} is in use. Stop it, or rename this file."
+        raise HostError(message) from None
+    return fd
+
+
+def _runtime_error(message: str) -> ConfigError:
+    hint = "Set XDG_RUNTIME_DIR, or RuntimeDirectory= of the unit, to a folder that this user owns, with a short path."
+    return ConfigError((Problem("environment", None, "RUNTIME_DIRECTORY", message, hint),))
 
 
 def state_folder(runtime: Path, environ: Mapping[str, str]) -> Path:
