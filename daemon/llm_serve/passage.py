@@ -15,11 +15,14 @@ class Passage:
 
     replays: int = 0
     is_interrupted: bool = False
+    is_poisoned: bool = False
 
     def outcome(self, *, is_complete: bool) -> str:
         """The label under which the request is counted."""
         if not is_complete:
             return "aborted"
+        if self.is_poisoned:
+            return "poisoned"
         if self.is_interrupted:
             return "interrupted"
         return "replayed" if self.replays else "completed"

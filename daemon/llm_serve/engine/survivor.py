@@ -19,6 +19,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from llm_serve import passage
 
+_DEATHS_TO_REFUSE = 2
+
 
 class EngineRestarted(GenerationError):  # type: ignore[misc]  # noqa: N818 - an event in the life of a request; nobody's mistake
     """An answer was cut because its engine ended. The request may be sent again."""
@@ -26,6 +28,16 @@ class EngineRestarted(GenerationError):  # type: ignore[misc]  # noqa: N818 - an
     def __init__(self, why: str) -> None:
         super().__init__(f"engine_restarted: {why}. What was sent so far is incomplete; please send the request again.")
         self.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class RequestKillsEngine(GenerationError):  # type: ignore[misc]  # noqa: N818 - as its code
+    """This request was in flight at two deaths. A third engine is not given to it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "request_kills_engine: two engines died while they worked on this request; it is not tried again."
+        )
+        self.status_code = HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
@@ -121,6 +133,9 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
                     journey.is_interrupted = True
                     raise EngineRestarted("the engine died during this answer") from error
                 attempt = journey.replays = attempt + 1
+                if attempt == _DEATHS_TO_REFUSE:
+                    journey.is_poisoned = True
+                    raise RequestKillsEngine from error
             except Exception as error:
                 if self._ended is not None:
                     journey.is_interrupted = True
