@@ -116,7 +116,7 @@ def main() -> None:
             cold[name] = running.first_token_s
     for number in range(given.rounds):
         for name, start in list(kinds.items())[:: 1 if number % 2 == 0 else -1]:
-            rounds[name].append(measure(start, given.model, cache, is_ours=name == "llm-serve"))
+            rounds[name].append(measure(start, model, cache, is_ours=name == "llm-serve"))
             print(f"round {number + 1} {name} {time.strftime('%H:%M:%S')}: {rounds[name][-1]}", flush=True)
     loading = while_loading(model, cache)
     ours, theirs = (
