@@ -22,7 +22,7 @@ from llm_serve.core.settings import Settings
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.evidence import Collector
 from llm_serve.engine.factory import Engine, Factory, StartError
-from llm_serve.host import boot, processes
+from llm_serve.host import boot, interpreter, processes
 from llm_serve.host.logs import get_logger
 from llm_serve.host.systemd import Notifier
 from llm_serve.web.gate import Gate
@@ -195,8 +195,9 @@ class Supervisor:
     async def _build(self, epoch: int) -> None:
         try:
             timeout_s = self._instance.settings.recovery.start_timeout_s
-            self._engine = await self._factory.build(self._instance.plan, epoch, timeout_s=timeout_s)
-            await self._bind(self._engine)
+            with interpreter.loop_first():
+                self._engine = await self._factory.build(self._instance.plan, epoch, timeout_s=timeout_s)
+                await self._bind(self._engine)
         except ConfigError as error:
             self._fail(epoch, Failure(Kind.configuration, str(error)))
         except HostError as error:
@@ -222,7 +223,9 @@ class Supervisor:
             self._survivor = Survivor(self._found_dead)
         self._survivor.attach(engine.llm)
         if self._model is None:
-            self._model = openai.build_app(engine.args, engine.tasks, engine.llm.model_config, self._instance.routes)
+            self._model = await asyncio.to_thread(
+                openai.build_app, engine.args, engine.tasks, engine.llm.model_config, self._instance.routes
+            )
         await openai.bind(self._model, self._survivor, engine.args, engine.tasks)
         config = engine.llm.vllm_config
         self._arguments = {
@@ -296,10 +299,10 @@ class Supervisor:
         """Ask for more start time, but only while something is being done; say what, for those who watch."""
         self._notifier.extend_start(_EXTEND_BY_S)
         while True:
-            before = self._factory.marks()
+            before = await asyncio.to_thread(self._factory.marks)
             await asyncio.sleep(_EXTEND_EVERY_S)
             if self._situation.state in machine.HOLDING or self._situation.state is State.draining:
-                if is_progress(before, self._factory.marks(), _EXTEND_EVERY_S):
+                if is_progress(before, await asyncio.to_thread(self._factory.marks), _EXTEND_EVERY_S):
                     self._notifier.extend_start(_EXTEND_BY_S)
             else:
                 await asyncio.sleep(_EXTEND_EVERY_S)

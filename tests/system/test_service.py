@@ -149,7 +149,8 @@ def test_second_sigterm_cuts_a_stream_with_an_error(served: Machine) -> None:
     time.sleep(1)
     main = served.show(UNIT, "MainPID")
     served.run("systemctl", "stop", "--no-block", UNIT)
-    time.sleep(0.5)
+    # Two signals of one kind that arrive together are one.
+    served.wait_until(lambda: "draining" in served.show(UNIT, "StatusText"), 20, "the drain")
     served.run("kill", "-TERM", main)
     text = stream.communicate(timeout=30)[0]
     assert '"error"' in text

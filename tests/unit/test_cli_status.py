@@ -16,13 +16,14 @@ import pytest
 from llm_serve.cli import status as command
 from llm_serve.core.status import Snapshot
 
+START = time.time()
 NOW = Snapshot(
     instance="qwen",
     model="Qwen/Qwen2.5-7B",
     state="serving",
     why="the engine answers",
-    since=time.time() - 3690,
-    started=time.time() - 90061,
+    since=START - 3690,
+    started=START - 90061,
     uptime_s=90061.0,
     phase="serving",
     progress=1.0,
@@ -47,6 +48,8 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(command, "_places", lambda: [tmp_path / "run", tmp_path / "user"])
     path = tmp_path / "user/qwen/control.sock"
     path.parent.mkdir(parents=True)
+    # The tests before this one may have taken a while.
+    monkeypatch.setattr(command.time, "time", lambda: START)
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

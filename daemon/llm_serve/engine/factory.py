@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import gc
 import importlib
 import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
@@ -260,22 +258,10 @@ def _is_cpu_build() -> bool:
 
 
 def import_vllm() -> None:
-    """Import what the daemon needs of vLLM, 20 s with cold disks, without stopping the loop for long.
-
-    Its objects set off one full garbage collection after another, each of which holds the interpreter for up to
-    0.25 s; they live as long as the process, so no later collection needs to look at them either.
-    """
-    interval_s = sys.getswitchinterval()
-    gc.disable()
-    sys.setswitchinterval(_IMPORT_SWITCH_INTERVAL_S)
-    try:
-        _map_torch()
-        for name in _DAEMON_IMPORTS:
-            importlib.import_module(name)
-        gc.freeze()
-    finally:
-        sys.setswitchinterval(interval_s)
-        gc.enable()
+    """Import what the daemon needs of vLLM, 20 s with cold disks. Call it inside `interpreter.loop_first`."""
+    _map_torch()
+    for name in _DAEMON_IMPORTS:
+        importlib.import_module(name)
 
 
 def _map_torch() -> None:
@@ -289,7 +275,6 @@ def _map_torch() -> None:
         dlopen(str(libraries / name).encode(), os.RTLD_LAZY | os.RTLD_GLOBAL)
 
 
-_IMPORT_SWITCH_INTERVAL_S = 0.0005
 _DAEMON_IMPORTS = (
     "vllm.entrypoints.launchers.cli_args",
     "vllm.v1.engine.async_llm",

@@ -7,6 +7,7 @@ every client.
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -42,7 +43,12 @@ async def _not_served(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def bind(app: Any, survivor: Any, args: Namespace, tasks: Sequence[str]) -> None:
-    """Make the handlers use this epoch's model configuration, renderer and parsers."""
+    """Make the handlers use this epoch's model configuration, renderer and parsers.
+
+    vLLM renders a chat to warm up, 0.4 s in which the loop would answer nobody, so this runs in a thread; but a tool
+    server's sessions belong to the loop that opened them.
+    """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
-    await init_app_state(survivor, app.state, args, tuple(tasks))
+    initialised = init_app_state(survivor, app.state, args, tuple(tasks))
+    await (initialised if args.tool_server else asyncio.to_thread(asyncio.run, initialised))
