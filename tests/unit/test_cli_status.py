@@ -49,7 +49,7 @@ def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "user/qwen/control.sock"
     path.parent.mkdir(parents=True)
     # The tests before this one may have taken a while.
-    monkeypatch.setattr(command.time, "time", lambda: START)
+    monkeypatch.setattr(time, "time", lambda: START)
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
