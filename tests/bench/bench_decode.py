@@ -43,10 +43,10 @@ async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
         if way == "spawn":
             forkserver.install = lambda: None
         factory.prepare(plan, ["LlamaForCausalLM"])
-        first = await factory.build(plan, 1, timeout_s=600)
+        first = await factory.build(plan, 1, timeout_s=600, stall_timeout_s=600)
         await factory.stop(first)
         began = time.perf_counter()
-        engine = await factory.build(plan, 2, timeout_s=600)
+        engine = await factory.build(plan, 2, timeout_s=600, stall_timeout_s=600)
         built = time.perf_counter() - began
         await _decode(engine.llm, 1, 32)
         one, eight = await _decode(engine.llm, 1, 200), await _decode(engine.llm, 8, 100)

@@ -118,7 +118,8 @@ def main() -> None:
         for name, start in list(kinds.items())[:: 1 if number % 2 == 0 else -1]:
             rounds[name].append(measure(start, model, cache, is_ours=name == "llm-serve"))
             print(f"round {number + 1} {name} {time.strftime('%H:%M:%S')}: {rounds[name][-1]}", flush=True)
-    loading = while_loading(model, cache)
+    loads = [while_loading(model, cache) for _ in range(given.rounds)]
+    loading = {key: statistics.median(each[key] for each in loads) for key in loads[0]}
     ours, theirs = (
         {key: statistics.median(each[key] for each in rounds[name]) for key in rounds[name][0]} for name in kinds
     )

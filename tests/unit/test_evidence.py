@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from llm_serve.core.failures import ErrorRecord, Evidence, Kind, classify
+from llm_serve.core.evidence import ErrorRecord, Evidence, Kind
+from llm_serve.core.failures import classify
 from llm_serve.engine.evidence import Collector, exit_codes_in, exit_codes_of
 
 

@@ -70,6 +70,14 @@ def status(
     raise typer.Exit(command(name, json_output))
 
 
+@app.command(epilog="Example: llm-serve reset qwen7b")
+def reset(target: Target, json_output: Json = False) -> None:
+    """Forget what recovery learned about an instance: smaller plans, fallbacks and the last failures."""
+    from llm_serve.cli.reset import reset as command
+
+    raise typer.Exit(command(target, json_output))
+
+
 def main() -> None:
     """The console script."""
     app()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import importlib
 import os
 import signal
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_serve.core.budgets import budgets
 from llm_serve.core.errors import ConfigError, LlmServeError
 from llm_serve.core.instance_file import check_exposure
 from llm_serve.core.plan import EnginePlan
@@ -68,6 +70,13 @@ def serve(start: Start) -> int:
     """Bind the sockets, then serve. Ends the whole process when that is over."""
     settings = start.settings
     logs.set_up(settings.name, level=settings.log.level, output_format=settings.log.format)
+    # Systemd ends a daemon that no longer answers it with SIGABRT: where it stood is the only thing to learn from.
+    faulthandler.enable()
+    for sentence in budgets(settings):
+        logs.get_logger().info(f"in the worst case, {sentence}")
+    # From the moment the socket is there, somebody may wait for an answer: what takes long comes before it.
+    for name in ("llm_serve.supervisor", "llm_serve.web.server", "llm_serve.web.operations"):
+        importlib.import_module(name)
     try:
         runtime = boot.runtime_folder(settings.name, os.environ)
         listener = listening.open_listener(settings, start.manager)
@@ -121,7 +130,8 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
 
 def _supervisor(start: Start, places: Places) -> tuple[Supervisor, Receiver]:
     from llm_serve.engine import evidence, factory, relay
-    from llm_serve.supervisor import Instance, Supervisor
+    from llm_serve.instance import Instance
+    from llm_serve.supervisor import Supervisor
 
     collector = evidence.Collector()
 
@@ -136,7 +146,8 @@ def _supervisor(start: Start, places: Places) -> tuple[Supervisor, Receiver]:
     receiver = relay.Receiver(places.runtime, on_record, on_output)
     origin = factory.Origin(start.settings.source, start.text)
     engines = factory.Factory(places, collector, receiver, origin)
-    instance = Instance(start.settings, EnginePlan.from_settings(start.settings), _routes(start.settings))
+    plan = EnginePlan.from_settings(start.settings)
+    instance = Instance(start.settings, plan, _routes(start.settings), places.state)
     return Supervisor(instance, start.manager, engines, collector, start.on_ready), receiver
 
 

@@ -87,6 +87,11 @@ def _print_one(now: dict[str, Any]) -> None:
     }
     for label, value in rows.items():
         print(f"  {label:13} {value}")
+    for number, reason in enumerate(now["steps"], 1):
+        print(f"  step {number:<8} {reason}")
+    for each in now["failures"]:
+        failure = each["failure"]
+        print(f"  {_age(each['time'])} ago: {failure['kind']}: {failure['detail']}")
 
 
 def _print_table(all_of_them: list[dict[str, Any]]) -> None:

@@ -1,9 +1,12 @@
 """The life of one instance as a pure function: step(situation, event, now) -> (situation, actions).
 
+A failure's answer is `policy`'s; this page says when it is asked and what becomes of it.
+
 Invariants, checked after every step in tests:
 - there is at most one engine: an engine is started only when none is up or coming up;
 - the gate is open exactly in `serving`;
 - after a stop was asked for, no engine is started;
+- a plan that nothing has proven is remembered before an engine is started with it;
 - `stopped` and `failed` are final, and each is entered with exactly one Exit.
 """
 
@@ -12,7 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from llm_serve.core.failures import DETERMINISTIC, Failure
+from llm_serve.core.course import UNKNOWN, Course, Effective, Step
+from llm_serve.core.evidence import Failure, Kind
+from llm_serve.core.plan import EnginePlan
+from llm_serve.core.policy import Again, Choices, GiveUp, Strike, answer
 from llm_serve.core.restarts import backoff_s, within_window
 
 
@@ -36,7 +42,29 @@ HOLDING = frozenset({State.waiting_for_host, State.starting, State.recovering})
 # Events are facts.
 @dataclass(frozen=True, slots=True)
 class HostReady:
-    """Devices, folders and files that the engine needs are there."""
+    """Devices, folders and files that the engine needs are there. `course` is what was learned on them before."""
+
+    course: Course | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostWaits:
+    """Something that the engine needs is not there yet."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostMissing:
+    """It did not come in time, or never will: the exit status says which."""
+
+    status: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Somebody wants what was learned to be forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +87,19 @@ class EngineFailed:
 
     epoch: int
     failure: Failure
+    built: Effective = UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class StepUpDue:
+    """There was nothing to do for long enough to try one rung up."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRetired:
+    """The engine of this epoch was ended in good order, to make room for another. Nothing of it is left."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +124,10 @@ class EngineStopped:
     """Every process of the engine is gone, after a stop."""
 
 
-Event = HostReady | EngineReady | EngineLost | EngineFailed | PauseOver | StopRequested | Drained | EngineStopped
+Event = (
+    HostReady | HostWaits | HostMissing | Forgotten | EngineReady | EngineLost | EngineFailed | StepUpDue
+    | EngineRetired | PauseOver | StopRequested | Drained | EngineStopped
+)  # fmt: skip
 
 
 # Actions are orders.
@@ -93,6 +137,21 @@ class StartEngine:
 
     epoch: int
     reason: str
+    plan: EnginePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Write the course to disk, so that the next process begins with it."""
+
+    course: Course
+
+
+@dataclass(frozen=True, slots=True)
+class RetireEngine:
+    """End the engine, which is well, and report EngineRetired."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +197,21 @@ class Exit:
     why: str
 
 
-Action = StartEngine | Pause | OpenGate | CloseGate | Drain | CutRequests | StopEngine | Exit
-Step = tuple["Situation", tuple[Action, ...]]
+Action = StartEngine | Remember | RetireEngine | Pause | OpenGate | CloseGate | Drain | CutRequests | StopEngine | Exit
+Answered = tuple["Situation", tuple[Action, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How often an engine may be started: `restart_limit` times in `restart_window_s` seconds."""
+    """How often an engine may be started (`restart_limit` times in `restart_window_s`), and how small it may get.
+
+    `jitter`, from 0 to 1, stretches pauses by up to a quarter, so that the instances of a machine do not start in step.
+    """
 
     restart_limit: int
     restart_window_s: float
+    choices: Choices
+    jitter: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +220,12 @@ class Situation:
 
     `why` is a sentence for people, `since` monotonic seconds. `has_engine` is true while the engine of
     `epoch` is up or coming up: from StartEngine to the fact that nothing of it is left. `has_served` is true once
-    that engine has answered.
+    that engine has answered. `struck` are the failures of the plan of the moment, by time. `proven` is the course to
+    return to while a larger plan is on trial. `story` is what happened, a sentence an event, for the last word.
     """
 
     limits: Limits
+    course: Course
     state: State = State.waiting_for_host
     since: float = 0.0
     why: str = "waiting for the host"
@@ -169,10 +235,14 @@ class Situation:
     starts: tuple[float, ...] = ()
     failures_in_a_row: int = 0
     last_failure: Failure | None = None
+    struck: tuple[tuple[float, Kind], ...] = ()
+    proven: Course | None = None
+    trials_failed: int = 0
+    story: tuple[str, ...] = ()
     is_stopping_now: bool = False
 
 
-def step(now: Situation, event: Event, at: float) -> Step:  # noqa: PLR0911 - a table, one row a return
+def step(now: Situation, event: Event, at: float) -> Answered:  # noqa: C901, PLR0911, PLR0912 - a table, one row a return
     """The answer to one fact at the monotonic time `at`.
 
     Facts about an engine that is not current, or that has failed already, change nothing.
@@ -180,17 +250,27 @@ def step(now: Situation, event: Event, at: float) -> Step:  # noqa: PLR0911 - a 
     if now.state in FINAL:
         return now, ()
     match event:
-        case HostReady() if now.state is State.waiting_for_host:
-            return _start(now, State.starting, "start", at)
-        case PauseOver(epoch) if now.state is State.recovering and epoch == now.epoch + 1:
-            return _start(now, State.recovering, str(now.last_failure and now.last_failure.kind), at)
+        case HostReady(course) if now.state is State.waiting_for_host:
+            return _start(replace(now, course=course or now.course), State.starting, "start", at)
+        case HostWaits(why) if now.state is State.waiting_for_host:
+            return replace(now, why=why), ()
+        case HostMissing(status, why) if now.state is State.waiting_for_host:
+            return _fail(now, status, why, at)
+        case Forgotten() if not now.has_engine:
+            return replace(now, course=Course(now.course.asked), proven=None, struck=()), ()
+        case PauseOver(epoch) if now.state is State.recovering and not now.has_engine and epoch == now.epoch + 1:
+            return _start(now, State.recovering, _reason(now), at)
         case EngineReady(epoch) if _is_current(now, epoch) and now.state in HOLDING and not now.has_served:
-            serving = replace(now, failures_in_a_row=0, has_served=True)
-            return _to(serving, State.serving, "the engine answers", at), (OpenGate(),)
+            return _ready(now, at)
         case EngineLost(epoch) if _is_current(now, epoch) and now.state is State.serving:
             return _to(now, State.recovering, "the engine died", at), (CloseGate(refuse=False),)
-        case EngineFailed(epoch, failure) if _is_current(now, epoch):
-            return _after_failure(replace(now, has_engine=False), failure, at)
+        case EngineFailed(epoch, failure, built) if _is_current(now, epoch):
+            return _after_failure(replace(now, has_engine=False), failure, built, at)
+        case StepUpDue() if now.state is State.serving and now.course.rung and _may_try(now, at):
+            why = f"trying one rung up, after {now.course.rung} down"
+            return _to(now, State.recovering, why, at), (CloseGate(refuse=False), RetireEngine(now.epoch))
+        case EngineRetired(epoch) if _is_current(now, epoch) and now.state is State.recovering:
+            return _try_larger(replace(now, has_engine=False), at)
         case StopRequested():
             return _stop(now, at)
         case Drained() if now.state is State.draining and not now.is_stopping_now:
@@ -205,29 +285,109 @@ def _is_current(now: Situation, epoch: int) -> bool:
     return now.has_engine and epoch == now.epoch
 
 
-def _start(now: Situation, state: State, reason: str, at: float) -> Step:
+def _may_try(now: Situation, at: float) -> bool:
+    """A trial takes two starts if it fails, and must not be what spends the last ones."""
+    recent = within_window(now.starts, at, now.limits.restart_window_s)
+    return len(recent) + 2 < now.limits.restart_limit
+
+
+def _reason(now: Situation) -> str:
+    """Why an engine is started, as a label of a metric."""
+    if now.proven is not None:
+        return "step_up"
+    return str(now.last_failure.kind) if now.last_failure else "step_up"
+
+
+def _start(now: Situation, state: State, reason: str, at: float) -> Answered:
     recent = within_window(now.starts, at, now.limits.restart_window_s)
     if len(recent) >= now.limits.restart_limit:
         window_s = now.limits.restart_window_s
-        why = f"gave up after {len(recent)} engine starts in {window_s:g} s; last failure: {now.last_failure}"
-        return _to(now, State.failed, why, at), (CloseGate(refuse=True), CutRequests(), Exit(70, why))
+        return _fail(now, 70, f"gave up after {len(recent)} engine starts in {window_s:g} s", at)
     started = replace(now, epoch=now.epoch + 1, has_engine=True, has_served=False, starts=(*recent, at))
-    return _to(started, state, f"engine start {started.epoch}", at), (StartEngine(started.epoch, reason),)
+    order = StartEngine(started.epoch, reason, now.course.plan)
+    return _to(started, state, f"engine start {started.epoch}", at), (order,)
 
 
-def _after_failure(now: Situation, failure: Failure, at: float) -> Step:
+def _ready(now: Situation, at: float) -> Answered:
+    """The engine answers: its plan is proven, and so is a larger one that was on trial."""
+    was_proven = now.course.is_proven and now.proven is None
+    course = replace(now.course, is_proven=True)
+    trials_failed = 0 if now.proven is not None else now.trials_failed
+    serving = replace(
+        now, course=course, proven=None, trials_failed=trials_failed, failures_in_a_row=0, has_served=True
+    )
+    orders: tuple[Action, ...] = (OpenGate(),) if was_proven else (Remember(course), OpenGate())
+    return _to(serving, State.serving, "the engine answers", at), orders
+
+
+def _try_larger(now: Situation, at: float) -> Answered:
+    larger = replace(now, course=now.course.one_up(), proven=now.course, struck=())
+    return _start(larger, State.recovering, "step_up", at)
+
+
+def _after_failure(now: Situation, failure: Failure, built: Effective, at: float) -> Answered:
     if now.state is State.draining:
         return _to(now, State.draining, "the engine died while draining", at), (CutRequests(),)
-    failed = replace(now, last_failure=failure, failures_in_a_row=now.failures_in_a_row + 1)
-    # A plan that has served is not refused for good: if its files are bad by now, the next start says so.
-    if failure.kind in DETERMINISTIC and not now.has_served:
-        why = str(failure)
-        return _to(failed, State.failed, why, at), (CloseGate(refuse=True), CutRequests(), Exit(78, why))
-    pause = Pause(now.epoch + 1, backoff_s(failed.failures_in_a_row))
-    return _to(failed, State.recovering, str(failure), at), (CloseGate(refuse=False), pause)
+    if now.proven is not None and not now.has_served:
+        return _back_from_trial(now, failure, at)
+    recent = [(when, kind) for when, kind in now.struck if at - now.limits.restart_window_s < when]
+    failed = replace(
+        now,
+        last_failure=failure,
+        failures_in_a_row=now.failures_in_a_row + 1,
+        struck=(*recent, (at, failure.kind)),
+        story=_told(now, f"engine {now.epoch}: {failure}"),
+    )
+    times = sum(kind is failure.kind for _, kind in failed.struck)
+    strike = Strike(failure, times, now.has_served, built)
+    match answer(strike, failed.course, now.limits.choices):
+        case GiveUp(status, why):
+            return _fail(failed, status, why, at)
+        case Again():
+            return _pause(failed, str(failure), at)
+        case Step() as change:
+            course = failed.course.and_then(change)
+            story = _told(failed, f"rung {course.rung}: {change.reason}")
+            changed = replace(failed, course=course, struck=(), story=story)
+            after, orders = _pause(changed, f"{failure} {change.reason}", at)
+            return after, (Remember(course), *orders)
 
 
-def _stop(now: Situation, at: float) -> Step:
+def _pause(now: Situation, why: str, at: float) -> Answered:
+    seconds = backoff_s(now.failures_in_a_row) * (1 + now.limits.jitter / 4)
+    orders = (CloseGate(refuse=False), Pause(now.epoch + 1, seconds))
+    return _to(now, State.recovering, why, at), orders
+
+
+def _back_from_trial(now: Situation, failure: Failure, at: float) -> Answered:
+    """The larger plan did not even start: at once back to the one that has served, and longer until the next trial."""
+    assert now.proven is not None
+    why = f"rung {now.course.rung} still fails ({failure}); back to rung {now.proven.rung}"
+    back = replace(
+        now, course=now.proven, proven=None, trials_failed=now.trials_failed + 1, story=_told(now, why), struck=()
+    )
+    return _to(back, State.recovering, why, at), (CloseGate(refuse=False), Pause(now.epoch + 1, 0.0))
+
+
+def _fail(now: Situation, status: int, why: str, at: float) -> Answered:
+    """The end, with the whole story in its last word."""
+    whole = ". Before that: ".join((why, "; ".join(now.story))) if len(now.story) > 1 else _with_failure(why, now)
+    return _to(now, State.failed, why, at), (CloseGate(refuse=True), CutRequests(), Exit(status, whole))
+
+
+def _with_failure(why: str, now: Situation) -> str:
+    failure = str(now.last_failure) if now.last_failure else ""
+    return why if failure in why else f"{why}; last failure: {failure}"
+
+
+def _told(now: Situation, sentence: str) -> tuple[str, ...]:
+    return (*now.story, sentence)[-_STORY_SENTENCES:]
+
+
+_STORY_SENTENCES = 40
+
+
+def _stop(now: Situation, at: float) -> Answered:
     if now.state is not State.draining:
         orders: tuple[Action, ...] = (CloseGate(refuse=True),)
         if now.state is State.serving:

@@ -37,8 +37,11 @@ class EnginePlan:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> EnginePlan:
-        """Return rung 0: what the file asks for."""
-        return cls(model=settings.model, arguments=settings.engine, env=settings.engine_env)
+        """Return rung 0: what the file asks for. The first of a list of attention backends is asked for too."""
+        backends, arguments = settings.recovery.attention_backends, dict(settings.engine)
+        if backends != "auto":
+            arguments.setdefault("attention_backend", backends[0])
+        return cls(model=settings.model, arguments=arguments, env=settings.engine_env)
 
     def replace_arguments(self, **changes: object) -> EnginePlan:
         """Return the plan with these arguments changed; None takes one away, back to vLLM's default."""

@@ -169,6 +169,8 @@ class GpuSettings(_Table):
 
     devices: Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(_as_tuple)] = None
     """Indices of the GPUs to use; without it all visible ones."""
+    wait_timeout_s: Seconds = 300
+    """How long a start waits for the driver and the GPUs."""
     pause_above_celsius: int = Field(default=0, ge=0, le=110)
     """Admission pauses above this temperature, until 5 degrees below it; 0: never."""
 

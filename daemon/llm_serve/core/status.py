@@ -26,10 +26,13 @@ class Snapshot:
     source: str
     epoch: int = 0
     rung: int = 0
+    steps: tuple[str, ...] = ()
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     engine_starts: int = 0
     last_failure: str | None = None
+    failures: tuple[dict[str, Any], ...] = ()
+    seconds_since_engine_step: float | None = None
     requests_held: int = 0
     requests_in_flight: int = 0
     engine_pids: tuple[int, ...] = ()
@@ -46,6 +49,7 @@ class Snapshot:
         if self.state in {"starting", "recovering"}:
             return f"{self.state}: {self.phase}, {self.progress:.0%} ({self.why})"
         if self.state == "serving":
-            counts = f"{self.requests_in_flight} in flight, {self.engine_starts} start(s)"
+            rung = f", rung {self.rung}" if self.rung else ""
+            counts = f"{self.requests_in_flight} in flight, {self.engine_starts} start(s){rung}"
             return f"serving {self.model} on {self.listen}: {counts}"
         return f"{self.state}: {self.why}"

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from llm_serve.core.failures import ErrorRecord, Evidence
+from llm_serve.core.evidence import ErrorRecord, Evidence
 from llm_serve.core.progress import Phase, phase_of
 
 _OUTPUT_LINES, _ERRORS = 200, 50
@@ -46,22 +46,22 @@ class Collector:
         self.heard += 1
         self._output.append(line)
 
-    def evidence(
-        self, error: BaseException | None = None, *, timed_out_after_s: float | None = None, since: float = 0.0
-    ) -> Evidence:
+    def evidence(self, error: BaseException | None = None, *, since: float = 0.0, **more: Any) -> Evidence:
         """What is known now, with the error that the daemon itself saw.
 
-        `since` is the Unix time before which an error explains nothing: an engine survives many that it logs.
+        `since` is the Unix time before which an error explains nothing: an engine survives many that it logs. `more`
+        are further fields of Evidence.
         """
+        codes = exit_codes_in(error) | more.pop("exit_codes", {})
         return Evidence(
             phase=self.phase.name if self.phase else "",
             errors=tuple(record for time, record in self._errors if time >= since),
             output_tail=tuple(self._output)[-20:],
-            exit_codes=exit_codes_in(error),
+            exit_codes=codes,
             parent_error=ErrorRecord("", f"{type(error).__module__}.{type(error).__qualname__}", str(error))
             if error
             else None,
-            timed_out_after_s=timed_out_after_s,
+            **more,
         )
 
 

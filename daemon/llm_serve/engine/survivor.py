@@ -128,6 +128,9 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
                     yield output
                 return
             except EngineDeadError as error:
+                if self._ended is not None:
+                    journey.is_interrupted = True
+                    raise self._ended from error
                 self._lost(epoch)
                 if is_delivered:
                     journey.is_interrupted = True

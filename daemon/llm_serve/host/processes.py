@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 
+MARKER = "LLM_SERVE_RUNTIME"
+"""In the environment of every process of an engine: the runtime folder of the instance that started it."""
+
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place itself, no temporary file
 
 
@@ -19,6 +22,33 @@ def descendants(*, without: Iterable[int] = ()) -> list[psutil.Process]:
     skipped = set(without)
     found = psutil.Process().children(recursive=True)
     return [process for process in found if process.pid not in skipped and not _is_tracker(process)]
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    """Every process below another one; none when that has ended."""
+    with contextlib.suppress(psutil.Error):
+        return list(process.children(recursive=True))
+    return []
+
+
+def strays(marker: str, *, without: Iterable[int] = ()) -> list[psutil.Process]:
+    """Living processes that an earlier life of an instance has left: they carry its mark and are not below this one."""
+    spared = {os.getpid(), *without, *(process.pid for process in children(psutil.Process()))}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid not in spared and process.environ().get(MARKER) == marker and is_alive(process):
+                found.append(process)
+    return found
+
+
+def cpu_name() -> str:
+    """The processor, as the kernel names it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return os.uname().machine
 
 
 def _is_tracker(process: psutil.Process) -> bool:

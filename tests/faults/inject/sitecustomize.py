@@ -1,0 +1,114 @@
+"""Makes vLLM fail on cue, for faults that nothing real causes on a CPU.
+
+Python runs this in every process that has this folder on its PYTHONPATH. LLM_SERVE_FAULT_FILE names a JSON file that
+is read at each of the functions below: {"at": "execute_model", "do": "oom", "times": 1, "after": 0}. Each time a fault
+is made, a line is added to that file's name + ".made": a test looks there whether its fault has really happened.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import spec_from_loader  # noqa: F401 - imported early: the finder below must not import
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_FILE = os.environ.get("LLM_SERVE_FAULT_FILE", "")
+_WHERE = {
+    "vllm.v1.worker.cpu_worker": ("CPUWorker", ("init_device", "load_model", "determine_available_memory")),
+    "vllm.v1.worker.cpu_model_runner": ("CPUModelRunner", ("profile_run", "initialize_kv_cache", "warming_up_model")),
+    "vllm.v1.worker.gpu_model_runner": ("GPUModelRunner", ("execute_model",)),
+    "vllm.v1.core.sched.scheduler": ("Scheduler", ("schedule",)),
+    "vllm.v1.engine.async_llm": ("AsyncLLM", ("_run_output_handler",)),
+}
+
+
+def _out_of_memory() -> None:
+    import torch
+
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of 23.57 GiB of which 300.06 MiB "
+        "is free. Including non-PyTorch memory, this process has 23.26 GiB memory in use."
+    )
+
+
+def _error() -> None:
+    raise RuntimeError("injected")
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+_DO: dict[str, Callable[[], None]] = {
+    "oom": _out_of_memory,
+    "error": _error,
+    "spin": _spin,
+    "sleep": lambda: time.sleep(3600),
+    "exit": lambda: os._exit(1),
+    "abort": os.abort,
+}
+
+
+def _fault(name: str) -> None:
+    try:
+        order = json.loads(Path(_FILE).read_text())
+    except (OSError, ValueError):
+        return
+    if order.get("at") != name:
+        return
+    made = Path(_FILE + ".made")
+    seen = made.read_text().splitlines() if made.exists() else []
+    passed = seen.count("passed")
+    if passed < order.get("after", 0):
+        made.write_text("\n".join([*seen, "passed"]) + "\n")
+        return
+    if len(seen) - passed >= order.get("times", 1):
+        return
+    with made.open("a") as lines:
+        lines.write(f"{name} {order['do']} {os.getpid()}\n")
+    _DO[order["do"]]()
+
+
+def _wrapped(name: str, method: Any) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
+        _fault(name)
+        return method(*args, **options)
+
+    # The classification reads the names of frames: the fault must look as if it came from the function itself.
+    run.__code__ = run.__code__.replace(co_name=name)
+    run.__name__ = name
+    return run
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Wraps the functions as soon as their module has been loaded."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name not in _WHERE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                owner, methods = _WHERE[name]
+                for each in methods:
+                    found = getattr(getattr(module, owner), each, None)
+                    if found is not None:
+                        setattr(getattr(module, owner), each, _wrapped(each, found))
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _FILE:
+    sys.meta_path.insert(0, _Finder())

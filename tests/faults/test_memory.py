@@ -1,0 +1,103 @@
+"""The kernel kills an engine for memory. Needs root, to make a control group of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.daemon import Daemon, eventually
+from tests.faults.conftest import Watch
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
+
+MakeDaemon = Callable[..., Daemon]
+_HOG = "import time\nblocks = []\nwhile True:\n    blocks.append(b'x' * (16 << 20)); time.sleep(0.005)\n"
+
+
+class Group:
+    """A control group with a memory limit, version 1 or 2, whichever this machine has."""
+
+    def __init__(self) -> None:
+        first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+        self._is_v2 = not first.exists()
+        self.folder = (second if self._is_v2 else first) / f"llm-serve-test-{os.getpid()}"
+        self.folder.mkdir()
+
+    def add(self, pid: int) -> None:
+        """Put a process into it; its later children are born there."""
+        (self.folder / "cgroup.procs").write_text(str(pid))
+
+    def used(self) -> int:
+        """Bytes in use."""
+        return int((self.folder / ("memory.current" if self._is_v2 else "memory.usage_in_bytes")).read_text())
+
+    def limit(self, size: int) -> None:
+        """From now on no more than this."""
+        (self.folder / ("memory.max" if self._is_v2 else "memory.limit_in_bytes")).write_text(str(size))
+
+    def kills(self) -> int:
+        """Processes that the kernel has killed here."""
+        name = "memory.events" if self._is_v2 else "memory.oom_control"
+        return int(dict(line.split() for line in (self.folder / name).read_text().splitlines())["oom_kill"])
+
+    def close(self) -> None:
+        """Remove it, with what is still in it."""
+        for pid in (self.folder / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), 9)
+        eventually(
+            (self.folder / "cgroup.procs").read_text,
+            lambda left: not left,
+            within_s=10,
+            what="an empty group",
+        )
+        self.folder.rmdir()
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    """A control group, gone afterwards."""
+    if os.geteuid() != 0:
+        pytest.skip("making a control group needs root")
+    try:
+        made = Group()
+    except OSError as error:
+        pytest.skip(f"no memory control group can be made here: {error}")
+    yield made
+    made.close()
+
+
+@pytest.mark.row("10", "kernel OOM kill of EngineCore")
+def test_the_kernel_kills_the_engine_for_memory(daemon: MakeDaemon, group: Group, watch: Watch) -> None:
+    """It is named, told apart from somebody's kill -9, and answered with a smaller plan."""
+    serving = daemon()
+    group.add(serving.pid)
+    serving.wait_ready()
+    core = psutil.Process(min(serving.status()["engine_pids"]))
+    Path(f"/proc/{core.pid}/oom_score_adj").write_text("1000")
+    group.limit(group.used() + (256 << 20))
+    hog = subprocess.Popen([sys.executable, "-c", f"import os\nos.kill(os.getpid(), 19)\n{_HOG}"])
+    group.add(hog.pid)
+
+    watch.begin()
+    hog.send_signal(18)
+    eventually(group.kills, lambda kills: kills >= 1, within_s=60, what="the kernel's kill")
+    hog.kill()
+    hog.wait()
+    group.limit(16 << 30)
+
+    watch.detected(serving, within_s=5) if core.is_running() else None
+    watch.serving(serving)
+    status = serving.status()
+    assert "host_out_of_memory" in status["last_failure"], status["last_failure"]
+    assert 1 == status["rung"]
+    assert time.time() - status["failures"][0]["time"] < 120
+    assert status["failures"][0]["evidence"]["oom_kills"] >= 1
