@@ -400,11 +400,16 @@ _DAEMON_IMPORTS = (
 
 
 def remove_leftovers(places: Places) -> None:
-    """Remove what an earlier life of this instance left: sockets, temporary files, shared memory.
+    """Remove what an earlier life of this instance left: processes, sockets, temporary files, shared memory.
 
     A daemon that was killed takes its resource tracker with it, so shared memory stays in /dev/shm until a reboot.
     """
     runtime = places.runtime
+    for stray in processes.strays(str(runtime)):
+        get_logger().warning("ending a process that an earlier life has left", pid=stray.pid, name=stray.name())
+        with contextlib.suppress(psutil.Error):
+            stray.kill()
+            stray.wait(_KILL_TIMEOUT_S)
     _remove((*runtime.glob("e[0-9]*"), runtime / "mp"))
     mine = Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}{runtime.name}-e[0-9]*")
     _remove(tuple(path for path in mine if path.stat().st_uid == os.getuid()))

@@ -46,7 +46,7 @@ class Report:
         # Nothing narrower would do: vLLM refuses with ValueError, OSError, KeyError, TypeError,
         # RuntimeError and pydantic's ValidationError, and its own bugs here are as lasting as a wrong value.
         except Exception as error:
-            trouble = _host_trouble(str(error))
+            trouble = _host_trouble(_with_causes(error))
             if trouble is not None:
                 raise HostError(trouble) from error
             for path, message, hint in _refusals(error, self._options):
@@ -54,6 +54,16 @@ class Report:
             # vLLM also complains about values that it derived from a wrong one; only what is written counts.
             written = [problem for problem in self._problems if self._is_written(problem.path)]
             raise ConfigError(written or self._problems) from error
+
+
+def _with_causes(error: BaseException) -> str:
+    """What was said, and by whom, down to the first cause: vLLM calls a hub that is down an invalid model name."""
+    said: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(said) < _MOST_CAUSES:
+        said.append(f"{type(cause).__name__}: {cause}" if said else str(cause))
+        cause = cause.__cause__ or cause.__context__
+    return " caused by ".join(said)
 
 
 def _host_trouble(message: str) -> str | None:
@@ -64,10 +74,11 @@ def _host_trouble(message: str) -> str | None:
     return None
 
 
+_MOST_CAUSES = 8
 _HOST_TROUBLE = (
     (r"failed to infer device type", "vLLM finds no device it can use"),
     (r"no cuda gpus are available|cuda unknown error|error 802", "the GPU driver is not ready"),
-    (r"couldn't connect to|connection error|timed out|max retries exceeded", "the model hub is out of reach"),
+    (r"connecterror|connecttimeout|couldn't connect to|connection error|timed out|max retries exceeded", "the model hub is out of reach"),
 )
 
 _ADVICE: tuple[tuple[str, str, str], ...] = (

@@ -1,93 +1,135 @@
-"""Our own control group: whom the kernel has killed in it for memory, and how much there may be."""
+"""Our own control group: whom the kernel has killed in it for memory, and how much there may be.
+
+Version 2 counts a kill in the group and in all above it; version 1 in the victim's group alone, so that those below
+ours are added up. Where both are mounted, the memory controller belongs to one of them, and that one is read.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _HUGE = 1 << 60
+"""Version 1 has no word for "no limit", but a number of about 2**63."""
 
 
 class OomCounter:
-    """Counts the kernel's kills for memory in this process's control group, from the moment it is made."""
+    """Counts the kernel's kills for memory in this process's control group and below, from the moment it is made."""
 
     def __init__(self, proc: Path = Path("/proc/self")) -> None:
-        self._file = _events_file(proc)
+        self._group = _memory_group(proc)
         self._before = self._read()
 
     @property
     def is_readable(self) -> bool:
         """False where there is no memory controller to ask."""
-        return self._read() is not None
+        return self._before is not None and self._read() is not None
 
     def kills(self) -> int:
         """Processes killed since; 0 where that cannot be read."""
         now = self._read()
-        return max(0, now - (self._before or 0)) if now is not None else 0
+        return 0 if now is None or self._before is None else max(0, now - self._before)
 
     def _read(self) -> int | None:
-        if self._file is None:
+        if self._group is None:
             return None
-        with contextlib.suppress(OSError, ValueError):
-            lines = (line.split() for line in self._file.read_text().splitlines())
-            return next((int(words[1]) for words in lines if words[0] == "oom_kill"), None)
-        return None
+        counts = [_oom_kills(file) for file in self._group.event_files()]
+        known = [count for count in counts if count is not None]
+        return sum(known) if known else None
 
 
 def memory_limit(proc: Path = Path("/proc/self")) -> int | None:
     """Bytes that this group and those above it may use, the tightest of them; None without a limit."""
-    found = _groups(proc)
-    if found is None:
+    group = _memory_group(proc)
+    if group is None:
         return None
-    root, folder, is_v2 = found
-    name = "memory.max" if is_v2 else "memory.limit_in_bytes"
     limits = []
-    for each in (folder, *folder.parents):
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int((each / name).read_text()))
-        if each == root:
-            break
+    for file in group.limit_files():
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number, and the topmost group has no such file
+            limits.append(int(file.read_text()))
     tightest = min(limits, default=_HUGE)
     return tightest if tightest < _HUGE else None
 
 
-def _events_file(proc: Path) -> Path | None:
-    found = _groups(proc)
-    if found is None:
-        return None
-    _, folder, is_v2 = found
-    return folder / ("memory.events" if is_v2 else "memory.oom_control")
+@dataclass(frozen=True, slots=True)
+class _Mount:
+    """Where a hierarchy of groups can be seen, and which of its groups stands at that place."""
+
+    point: Path
+    top: str
+
+    def folder(self, group: str) -> Path:
+        """The group's folder. A container may see its own group as the top, under a path that says otherwise."""
+        below = group.removeprefix(self.top) if self.top != "/" and f"{group}/".startswith(f"{self.top}/") else group
+        folder = self.point / below.lstrip("/")
+        return folder if folder.is_dir() else self.point
 
 
-def _groups(proc: Path) -> tuple[Path, Path, bool] | None:
-    """(mount point of the memory controller, our folder below it, is it version 2), or None."""
-    mounts = _mounts(proc)
-    with contextlib.suppress(OSError):
-        memberships = [line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines()]
-        for _, controllers, path in memberships:
-            if "memory" in controllers.split(",") and "memory" in mounts:
-                return mounts["memory"], _below(mounts["memory"], path), False
-        for number, controllers, path in memberships:
-            if number == "0" and not controllers and "" in mounts:
-                return mounts[""], _below(mounts[""], path), True
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Our place in the hierarchy that has the memory controller."""
+
+    mount: Path
+    folder: Path
+    is_v2: bool
+
+    def event_files(self) -> Iterator[Path]:
+        """The files that count kills: one tells all in version 2."""
+        if self.is_v2:
+            yield self.folder / "memory.events"
+        else:
+            with contextlib.suppress(OSError):  # a group below may go while we look
+                yield from self.folder.rglob("memory.oom_control")
+
+    def limit_files(self) -> Iterator[Path]:
+        """Our limit's file first, then those of the groups above that can be seen."""
+        name = "memory.max" if self.is_v2 else "memory.limit_in_bytes"
+        for each in (self.folder, *self.folder.parents):
+            yield each / name
+            if each == self.mount:
+                return
+
+
+def _oom_kills(file: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in file.read_text().splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
     return None
 
 
-def _below(mount: Path, path: str) -> Path:
-    """Our folder. In a container whose own group is mounted as the root, the path does not exist below it."""
-    folder = mount / path.lstrip("/")
-    return folder if folder.is_dir() else mount
+def _memory_group(proc: Path) -> _Group | None:
+    """Our group of version 1's memory controller, or else of version 2; None where neither is mounted."""
+    v1, v2 = _mounts(proc)
+    for controllers, path in _memberships(proc):
+        if v1 and "memory" in controllers:
+            return _Group(v1.point, v1.folder(path), is_v2=False)
+    for controllers, path in _memberships(proc):
+        if v2 and controllers == [""]:
+            return _Group(v2.point, v2.folder(path), is_v2=True)
+    return None
 
 
-def _mounts(proc: Path) -> dict[str, Path]:
-    """Mount points: "memory" for version 1's controller, "" for version 2."""
-    found: dict[str, Path] = {}
+def _memberships(proc: Path) -> list[tuple[list[str], str]]:
+    """(controllers, path) of each hierarchy, from lines as "4:memory:/ours"; version 2 names no controllers."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (proc / "cgroup").read_text(errors="replace").splitlines()
+        return [(controllers.split(","), path) for _, controllers, path in (line.split(":", 2) for line in lines)]
+    return []
+
+
+def _mounts(proc: Path) -> tuple[_Mount | None, _Mount | None]:
+    """Where version 1's memory controller and version 2 are mounted: the first of each."""
+    v1 = v2 = None
     with contextlib.suppress(OSError, IndexError):
-        for line in (proc / "mountinfo").read_text().splitlines():
+        for line in (proc / "mountinfo").read_text(errors="replace").splitlines():
             left, _, right = line.partition(" - ")
-            kind, options = right.split()[0], right.split()[-1].split(",")
+            place, (kind, *_, options) = left.split(), right.split()
             if kind == "cgroup2":
-                found.setdefault("", Path(left.split()[4]))
-            elif kind == "cgroup" and "memory" in options:
-                found.setdefault("memory", Path(left.split()[4]))
-    return found
+                v2 = v2 or _Mount(Path(place[4]), place[3])
+            elif kind == "cgroup" and "memory" in options.split(","):
+                v1 = v1 or _Mount(Path(place[4]), place[3])
+    return v1, v2

@@ -1,11 +1,18 @@
-"""Waits for GPUs: for the driver and the devices at boot, and for their memory after an engine."""
+"""Waits for GPUs: for the driver and the devices at boot, and for their memory after an engine.
+
+A call into a driver can take seconds, and one that hangs never returns: each has a thread of its own, so that the
+daemon's loop goes on and its end waits for nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TypeVar
 
 from llm_serve.core.errors import HostError
 from llm_serve.core.evidence import Holder
@@ -14,8 +21,11 @@ from llm_serve.host.nvml import Gpu, Gpus
 _LOOK_EVERY_S = 1.0
 _SAMPLE_EVERY_S = 0.25
 _DEVICE_NODES = (Path("/dev/nvidia-uvm"), Path("/dev/nvidiactl"))
+_ENDING = ("Z", "X")
+_SILENT = "NVIDIA's driver does not answer"
 
 Tell = Callable[[str], None]
+_Answer = TypeVar("_Answer")
 
 
 async def wait_for_gpus(  # noqa: PLR0913 - each by its name
@@ -29,24 +39,22 @@ async def wait_for_gpus(  # noqa: PLR0913 - each by its name
 ) -> tuple[Gpu, ...]:
     """The GPUs that an instance will use: those `wanted`, or all there are; none at once where none is needed.
 
-    `tell` gets a sentence whenever the reason for waiting changes. Raises HostError when they are not there after
-    `timeout_s`, or never will be.
+    `look` is called in a thread, never twice at a time. `tell` gets a sentence whenever the reason for waiting
+    changes. Raises HostError when they are not there after `timeout_s` seconds, or never will be.
     """
     if not is_needed and wanted is None:
         return ()
     deadline, told = time.monotonic() + timeout_s, ""
     while True:
-        gpus = look()
-        found = gpus.devices()
-        missing = _missing(gpus, found, wanted, nodes)
+        found, missing, is_permanent = await _look(look, wanted, nodes, deadline)
         if not missing:
-            return tuple(gpu for gpu in found if wanted is None or gpu.index in wanted)
-        if gpus.is_permanent:
+            return found
+        if is_permanent:
             raise HostError(f"{missing}. Waiting does not help.")
         if time.monotonic() >= deadline:
+            advice = "Look at nvidia-smi and at the kernel log (journalctl -k -g NVRM)"
             raise HostError(
-                f"{missing}, after {timeout_s:g} s. Look at `nvidia-smi` and at the kernel log for NVRM; "
-                f"gpu.wait_timeout_s is how long a start waits."
+                f"{missing}, after {timeout_s:g} s. {advice}; gpu.wait_timeout_s is how long a start waits."
             )
         if missing != told:
             told = missing
@@ -54,15 +62,33 @@ async def wait_for_gpus(  # noqa: PLR0913 - each by its name
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def _missing(gpus: Gpus, found: tuple[Gpu, ...], wanted: tuple[int, ...] | None, nodes: tuple[Path, ...]) -> str:
+async def _look(
+    look: Callable[[], Gpus], wanted: tuple[int, ...] | None, nodes: tuple[Path, ...], deadline: float
+) -> tuple[tuple[Gpu, ...], str, bool]:
+    """(the GPUs to use, what is not there yet in words or "", whether that stays so)."""
+
+    def ask() -> tuple[tuple[Gpu, ...], str, bool]:
+        gpus = look()
+        there = gpus.devices()
+        usable = tuple(gpu for gpu in there if wanted is None or gpu.index in wanted)
+        return usable, _missing(gpus, there, wanted, nodes), gpus.is_permanent
+
+    try:
+        return await asyncio.wait_for(_in_thread(ask), max(_LOOK_EVERY_S, deadline - time.monotonic()))
+    except TimeoutError:
+        return (), _SILENT, False
+
+
+def _missing(gpus: Gpus, there: tuple[Gpu, ...], wanted: tuple[int, ...] | None, nodes: tuple[Path, ...]) -> str:
     """What is not there yet, in words; empty when all is."""
     if gpus.reason:
         return gpus.reason
-    shown = ", ".join(f"{gpu.index} {gpu.name}" for gpu in found) or "no GPU"
-    absent = [index for index in wanted or () if index not in {gpu.index for gpu in found}]
-    if absent or not found:
+    absent = sorted(set(wanted or ()) - {gpu.index for gpu in there})
+    if absent or not there:
         which = f"GPU {', '.join(map(str, absent))}" if absent else "a GPU"
-        return f"{which} is not there: the driver shows {shown}"
+        shown = ", ".join(f"{gpu.index} {gpu.name}" for gpu in there) or "none"
+        told = "".join(f"; {problem}" for problem in gpus.problems())
+        return f"{which} is not there: the driver shows {len(there)} GPU{'s' * (len(there) != 1)} ({shown}){told}"
     if without := [str(node) for node in nodes if not node.exists()]:
         return f"{', '.join(without)} is not there: the driver's module is not loaded whole (modprobe nvidia-uvm)"
     return ""
@@ -77,27 +103,70 @@ async def wait_for_memory(  # noqa: PLR0913 - each by its name
     timeout_s: float,
     tell: Tell,
 ) -> tuple[Holder, ...]:
-    """Wait until an engine that ended has given its memory back: used memory stands still, and enough is free.
+    """Wait until an engine that ended has given its memory back, at most `timeout_s` seconds.
 
-    Returns who still holds some at the time limit, and has told so; nobody where all is well.
+    That is so when no process that has ended holds any, used memory stands still, and `needed_free_bytes` are free on
+    each GPU. Returns nobody then, and else who still holds some, `own_pids` left out, and has told so. Never raises.
     """
-    if not indices:
+    if not indices or gpus.reason:
         return ()
-    deadline = time.monotonic() + timeout_s
-    before = _memory(gpus, indices)
-    while time.monotonic() < deadline:
-        await asyncio.sleep(_SAMPLE_EVERY_S)
-        now = _memory(gpus, indices)
-        is_enough = needed_free_bytes is None or all(free >= needed_free_bytes for _, free in now)
-        if now == before and is_enough:
-            return ()
-        before = now
-    holders = gpus.holders(indices, without=own_pids)
-    who = "; ".join(map(str, holders)) or "nobody that the driver names holds it"
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(_until_back(gpus, indices, needed_free_bytes), timeout_s)
+        return ()
+    holders: tuple[Holder, ...] = ()
+    who = _SILENT
+    with contextlib.suppress(TimeoutError):
+        ask = _in_thread(lambda: gpus.holders(indices, without=own_pids))
+        holders = await asyncio.wait_for(ask, _LOOK_EVERY_S)
+        who = "; ".join(map(str, holders)) or "nobody that the driver names holds it"
     tell(f"GPU memory is not back after {timeout_s:g} s: {who}")
     return holders
+
+
+async def _until_back(gpus: Gpus, indices: Collection[int], needed_free_bytes: int | None) -> None:
+    before = None
+    while True:
+        now, is_ending = await _in_thread(lambda: (_memory(gpus, indices), _is_ending(gpus, indices)))
+        is_enough = needed_free_bytes is None or all(free >= needed_free_bytes for _, free in now)
+        if now == before and is_enough and not is_ending:
+            return
+        before = now
+        await asyncio.sleep(_SAMPLE_EVERY_S)
 
 
 def _memory(gpus: Gpus, indices: Collection[int]) -> list[tuple[int, int]]:
     """(used, free) of each GPU that answers."""
     return [(memory.used, memory.free) for index in indices if (memory := gpus.memory(index)) is not None]
+
+
+def _is_ending(gpus: Gpus, indices: Collection[int]) -> bool:
+    """True while the driver still clears up after a process: it counts as ended before its memory is free."""
+    return any(_state(holder.pid) in _ENDING for holder in gpus.holders(indices, without=()))
+
+
+def _state(pid: int) -> str:
+    """The letter after the name in /proc/PID/stat; empty where there is no such process."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(") ")[2][:1]
+    return ""
+
+
+async def _in_thread(question: Callable[[], _Answer]) -> _Answer:
+    """The answer of a call that may hang. A pool's thread would be waited for at the daemon's end."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Answer] = loop.create_future()
+
+    def settle(method: Callable[..., None], value: object) -> None:
+        if not future.done():
+            method(value)
+
+    def run() -> None:
+        try:
+            method, value = future.set_result, question()
+        except Exception as error:  # noqa: BLE001 - it is raised where it is awaited
+            method, value = future.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits
+            loop.call_soon_threadsafe(settle, method, value)
+
+    threading.Thread(target=run, name="gpu-driver", daemon=True).start()
+    return await future

@@ -1,63 +1,91 @@
-"""The kernel's log, where it may be read: kills for memory, crashes and GPU errors of one engine's life."""
+"""The kernel's log, where it may be read: kills for memory, crashes and GPU errors of one engine's life.
+
+/dev/kmsg gives one record a read. It needs CAP_SYSLOG where `kernel.dmesg_restrict` is set.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import weakref
+from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 
 _TELLING = re.compile(
-    r"Out of memory: Killed process|Memory cgroup out of memory|oom-kill:|NVRM: Xid|segfault at|general protection"
-    r"|traps: |Machine check|uncorrect(?:ed|able) (?:ECC|error)",
+    r"Killed process \d|oom-kill:|Memory cgroup out of memory"
+    r"|NVRM: (?:Xid|API mismatch)|fallen off the bus"
+    r"|segfault at|general protection|traps: "
+    r"|Machine check|\[Hardware Error\]|hardware memory|EDAC \S+: \d+ [UC]E|uncorrect(?:ed|able) (?:ECC|error)",
     re.IGNORECASE,
 )
-_XID = re.compile(r"NVRM: Xid \([^)]*\): (\d+)")
+_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-f:.]+)\): (\d+)", re.IGNORECASE)
+_BUS = re.compile(r"([0-9a-f]+):([0-9a-f]+):([0-9a-f]+)(?:\.\d+)?", re.IGNORECASE)
 _MOST_LINES = 100
+_RECORD_BYTES = 16384
+"""The kernel's own buffer for one is 8192."""
 
 
 class KernelLog:
-    """Reads from its making on."""
+    """Reads from its making on. Errors of other GPUs than those named are left out; none named means all."""
 
-    def __init__(self, device: Path = Path("/dev/kmsg")) -> None:
+    def __init__(self, device: Path = Path("/dev/kmsg"), *, pci_bus_ids: Collection[str] = ()) -> None:
         self.reason = ""
         """Why it cannot be read; empty when it can."""
+        self._ours = {_bus(each) for each in pci_bus_ids}
+        self._lines: deque[str] = deque(maxlen=_MOST_LINES)
         self._fd: int | None = None
-        self._lines: list[str] = []
         try:
             self._fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as error:
             self.reason = f"{device}: {error.strerror}"
+            return
+        self._release = weakref.finalize(self, os.close, self._fd)
+        with contextlib.suppress(OSError):  # a pipe has no past to skip
+            os.lseek(self._fd, 0, os.SEEK_END)
 
     def lines_since_start(self) -> tuple[str, ...]:
         """The lines that tell of something, the last hundred of them."""
-        while self._fd is not None:
-            try:
-                record = os.read(self._fd, 8192)
-            except BrokenPipeError:  # overwritten before we read it; the next read goes on with what is there
-                continue
-            except OSError:
-                break
-            if not record:
-                break
-            self._lines += [text for line in record.decode(errors="replace").splitlines() if (text := _message(line))]
-        self._lines = self._lines[-_MOST_LINES:]
+        while record := self._read():
+            # A continuation line, as " SUBSYSTEM=pci", names the record's device.
+            texts = (_text(line) for line in record.splitlines() if not line.startswith(" "))
+            self._lines.extend(text for text in texts if _TELLING.search(text) and self._is_ours(text))
         return tuple(self._lines)
 
     def xids(self) -> tuple[int, ...]:
-        """The error numbers of NVIDIA's driver, in order."""
-        return tuple(int(found[1]) for line in self.lines_since_start() if (found := _XID.search(line)))
+        """The error numbers of NVIDIA's driver, oldest first."""
+        return tuple(int(found[2]) for line in self.lines_since_start() if (found := _XID.search(line)))
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading; what was read stays. One that is forgotten closes itself."""
         if self._fd is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._fd)
+            self._release()
             self._fd = None
 
+    def _read(self) -> str:
+        """The next record; empty when there is none for now."""
+        while self._fd is not None:
+            try:
+                return os.read(self._fd, _RECORD_BYTES).decode(errors="replace")
+            except BrokenPipeError:  # overwritten before it was read; the next read goes on with what is there
+                continue
+            except OSError:
+                break
+        return ""
 
-def _message(record: str) -> str | None:
-    """The text of "6,1234,5678901,-;text", if it tells of something."""
-    text = record.partition(";")[2] or record
-    return text.strip() if _TELLING.search(text) else None
+    def _is_ours(self, text: str) -> bool:
+        found = _XID.search(text)
+        return found is None or not self._ours or _bus(found[1]) in self._ours
+
+
+def _text(line: str) -> str:
+    """The message in "6,1234,5678901,-;message"."""
+    prefix, semicolon, message = line.partition(";")
+    return (message if semicolon and prefix[:1].isdigit() else line).strip()
+
+
+def _bus(text: str) -> tuple[int, ...] | str:
+    """(domain, bus, device): the kernel writes 0000:3b:00, NVML 00000000:3B:00.0."""
+    found = _BUS.fullmatch(text)
+    return tuple(int(number, 16) for number in found.groups()) if found else text

@@ -6,17 +6,21 @@ No error of NVML leaves this module: what it does not know is absent, and `probl
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import threading
-import time
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from llm_serve.core.evidence import Holder
 
 _EVENT_WAIT_MS = 1000
+_LONGEST_NAME = 64
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,11 @@ class Gpus(Protocol):
     def holders(self, indices: Collection[int], *, without: Collection[int]) -> tuple[Holder, ...]:
         """Processes that hold memory of these GPUs, but for the pids named."""
 
-    def xids(self) -> tuple[int, ...]:
-        """NVIDIA's error numbers since `forget_xids`, each once."""
+    def xids(self, indices: Collection[int] | None = None) -> tuple[int, ...]:
+        """NVIDIA's error numbers since `forget_xids`, each once; of these GPUs, or of all."""
 
     def forget_xids(self) -> None:
-        """What was reported so far is of no interest any more."""
+        """Begin to listen, or begin anew: what was reported so far is of no interest any more."""
 
     def problems(self) -> tuple[str, ...]:
         """What could not be asked, in words."""
@@ -87,7 +91,7 @@ class NoGpus:
         """Nobody."""
         return ()
 
-    def xids(self) -> tuple[int, ...]:
+    def xids(self, indices: Collection[int] | None = None) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
         """None."""
         return ()
 
@@ -103,7 +107,7 @@ class NoGpus:
 
 
 def open_gpus() -> Gpus:
-    """The GPUs, or why there are none."""
+    """The GPUs, or why there are none. The driver sees a GPU that came later only when it is opened anew."""
     try:
         library: Any = importlib.import_module("pynvml")
     except ImportError:
@@ -111,37 +115,43 @@ def open_gpus() -> Gpus:
     try:
         library.nvmlInit()
     except library.NVMLError as error:
-        return NoGpus(_why(error), is_permanent="version mismatch" in str(error).lower())
-    return Nvml(library)
+        is_mismatch = getattr(error, "value", None) == library.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+        return NoGpus(_why(library, error), is_permanent=is_mismatch)
+    gpus = Nvml(library)
+    if not gpus.devices() and not gpus.problems():
+        gpus.close()
+        return NoGpus("NVIDIA's driver shows no GPU")
+    return gpus
 
 
-def _why(error: Exception) -> str:
-    text = str(error)
-    if "Library Not Found" in text or "Shared Library" in text:
-        return "NVIDIA's driver is not installed (libnvidia-ml.so.1 is not there)"
-    if "Driver Not Loaded" in text:
-        return "NVIDIA's driver is not loaded"
-    if "version mismatch" in text.lower():
-        return "NVIDIA's library was updated under the running driver (driver/library version mismatch): reboot"
-    return f"NVML: {text}"
+def _why(library: Any, error: Exception) -> str:
+    """In words, by NVML's numbers: their texts are the Python package's and vary."""
+    match getattr(error, "value", None):
+        case library.NVML_ERROR_LIBRARY_NOT_FOUND:
+            return "NVIDIA's driver is not installed (libnvidia-ml.so.1 is not there)"
+        case library.NVML_ERROR_DRIVER_NOT_LOADED:
+            return "NVIDIA's driver is not loaded"
+        case library.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
+            return "NVIDIA's library was updated under the running driver (driver/library version mismatch): reboot"
+    return f"NVIDIA's driver does not answer ({error})"
 
 
 class Nvml:
-    """GPUs as NVML shows them. `library` is pynvml, or what behaves like it."""
+    """GPUs as NVML shows them. `library` is pynvml, or what behaves like it, and is open."""
 
     reason, is_permanent = "", False
 
     def __init__(self, library: Any) -> None:
         self._nvml = library
         self._problems: dict[str, str] = {}
-        self._xids: set[int] = set()
+        self._xids: set[tuple[int | None, int]] = set()
+        self._listener: threading.Thread | None = None
         self._is_closed = threading.Event()
-        threading.Thread(target=self._listen, name="gpu-events", daemon=True).start()
 
     def devices(self) -> tuple[Gpu, ...]:
         """The GPUs that answer now; one that has fallen off the bus is missing."""
         count = self._ask("the number of GPUs", lambda: int(self._nvml.nvmlDeviceGetCount())) or 0
-        found = (self._ask(f"GPU {index}", lambda index=index: self._gpu(index)) for index in range(count))
+        found = (self._ask(f"GPU {index}", partial(self._gpu, index)) for index in range(count))
         return tuple(gpu for gpu in found if gpu is not None)
 
     def _gpu(self, index: int) -> Gpu:
@@ -161,35 +171,48 @@ class Nvml:
             found = self._nvml.nvmlDeviceGetMemoryInfo(self._nvml.nvmlDeviceGetHandleByIndex(index))
             return GpuMemory(int(found.used), int(found.free), int(found.total))
 
-        memory: GpuMemory | None = self._ask(f"the memory of GPU {index}", ask)
-        return memory
+        return self._ask(f"the memory of GPU {index}", ask)
 
     def holders(self, indices: Collection[int], *, without: Collection[int]) -> tuple[Holder, ...]:
         """Compute and graphics processes, the largest first. Memory that the driver does not tell counts as 0."""
-        found = {(index, pid): used for index in indices for pid, used in self._processes(index) if pid not in without}
-        holders = (Holder(index, pid, _process_name(pid), used) for (index, pid), used in found.items())
-        return tuple(sorted(holders, key=lambda holder: -holder.used_bytes))
+        found = (
+            Holder(index, pid, _process_name(pid), used)
+            for index in indices
+            for pid, used in self._used_by(index).items()
+            if pid not in without
+        )
+        return tuple(sorted(found, key=lambda holder: -holder.used_bytes))
 
-    def _processes(self, index: int) -> Iterator[tuple[int, int]]:
+    def _used_by(self, index: int) -> Mapping[int, int]:
+        """Bytes by pid. A process is in one list once for each MIG instance, and may be in both lists."""
         nvml = self._nvml
+        used: dict[int, int] = {}
         for list_them in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
             ask = lambda list_them=list_them: list_them(nvml.nvmlDeviceGetHandleByIndex(index))  # noqa: E731
+            listed: Counter[int] = Counter()
             for process in self._ask(f"the processes of GPU {index}", ask) or ():
-                yield int(process.pid), int(process.usedGpuMemory or 0)
+                listed[int(process.pid)] += process.usedGpuMemory if isinstance(process.usedGpuMemory, int) else 0
+            used |= {pid: max(amount, used.get(pid, 0)) for pid, amount in listed.items()}
+        return used
 
-    def xids(self) -> tuple[int, ...]:
-        """As the driver reported them; devices that report none have none here."""
-        return tuple(sorted(self._xids))
+    def xids(self, indices: Collection[int] | None = None) -> tuple[int, ...]:
+        """As the driver reported them; GPUs that report none have none here."""
+        # A GPU that cannot be told counts as one of ours: better one cause too many than none.
+        found = {xid for index, xid in self._xids.copy() if indices is None or index is None or index in indices}
+        return tuple(sorted(found))
 
     def forget_xids(self) -> None:
-        """Begin anew."""
+        """Begin to listen, or begin anew."""
         self._xids = set()
+        if self._listener is None:
+            self._listener = threading.Thread(target=self._listen, name="gpu-events", daemon=True)
+            self._listener.start()
 
     def problems(self) -> tuple[str, ...]:
         """The last error of each question that has one."""
-        return tuple(f"{what}: {error}" for what, error in self._problems.items())
+        return tuple(f"{what}: {error}" for what, error in self._problems.copy().items())
 
-    def _ask(self, what: str, question: Any) -> Any:
+    def _ask(self, what: str, question: Callable[[], _Answer]) -> _Answer | None:
         try:
             answer = question()
         except self._nvml.NVMLError as error:
@@ -199,40 +222,66 @@ class Nvml:
         return answer
 
     def _listen(self) -> None:
-        """Collect Xids for as long as the library is open. Runs in a thread: waiting for events blocks."""
+        """Collect Xids until `close`. Runs in a thread, because waiting for events blocks.
+
+        It opens the library for itself (NVML counts): one that is shut down under a waiting thread ends the process.
+        """
         nvml = self._nvml
-        events = self._ask("the event set", nvml.nvmlEventSetCreate)
-        if events is None:
-            return
-        registered = 0
-        for gpu in self.devices():
-            register = lambda gpu=gpu: nvml.nvmlDeviceRegisterEvents(  # noqa: E731
-                nvml.nvmlDeviceGetHandleByIndex(gpu.index), nvml.nvmlEventTypeXidCriticalError, events
-            )
-            self._ask(f"the events of GPU {gpu.index}", register)
-            registered += f"the events of GPU {gpu.index}" not in self._problems
-        while registered and not self._is_closed.is_set():
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlInit()
             try:
-                event = nvml.nvmlEventSetWait(events, _EVENT_WAIT_MS)
-            except nvml.NVMLError as error:
-                if "timeout" not in str(error).lower():
-                    time.sleep(1)  # a lost GPU answers at once, for ever
+                events = self._ask("the events", nvml.nvmlEventSetCreate)
+                if events is not None:
+                    self._collect(events)
+                    nvml.nvmlEventSetFree(events)
+            finally:
+                nvml.nvmlShutdown()
+
+    def _collect(self, events: Any) -> None:
+        indices = self._register(events)
+        while indices and not self._is_closed.is_set():
+            try:
+                event = self._nvml.nvmlEventSetWait(events, _EVENT_WAIT_MS)
+            except self._nvml.NVMLError as error:
+                if getattr(error, "value", None) != self._nvml.NVML_ERROR_TIMEOUT:
+                    self._is_closed.wait(_EVENT_WAIT_MS / 1000)  # a lost GPU answers at once, for ever
                 continue
-            self._xids.add(int(event.eventData))
+            self._xids.add((indices.get(_address(event.device)), int(event.eventData)))
+
+    def _register(self, events: Any) -> Mapping[int, int]:
+        """The GPUs that will report: index by the address of the handle, since a lost GPU does not tell its index."""
+        nvml = self._nvml
+
+        def register(index: int) -> int:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
+            return _address(handle)
+
+        answers = (
+            (gpu.index, self._ask(f"the events of GPU {gpu.index}", partial(register, gpu.index)))
+            for gpu in self.devices()
+        )
+        return {address: index for index, address in answers if address is not None}
 
     def close(self) -> None:
-        """Let go of the library."""
+        """Let go of the library; the listener follows within a second."""
         self._is_closed.set()
         with contextlib.suppress(self._nvml.NVMLError):
             self._nvml.nvmlShutdown()
 
 
+def _address(handle: Any) -> int:
+    return ctypes.cast(handle, ctypes.c_void_p).value or 0
+
+
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _process_name(pid: int) -> str:
+    """The program without its folder and arguments, or the title that it gave itself."""
     with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-        return Path(words[0]).name or Path(f"/proc/{pid}/comm").read_text().strip()
+        word = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[0]
+        name = Path(word).name if word.startswith("/") else word
+        return name[:_LONGEST_NAME] or Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     return "a process of another user or container"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,56 +11,73 @@ from pathlib import Path
 import psutil
 
 _MOST_THREADS = 16
+_STOPPED = ("T", "t")
+"""By a signal, or by a debugger."""
 
 
 async def dump(processes: Iterable[psutil.Process], *, wait_s: float = 1.0) -> tuple[str, ...]:
-    """Lines on what the kernel knows of each process. Those that can run write their own Python stacks to stderr.
+    """Lines on what the kernel knows of each process: states and function names, nothing of its memory.
 
-    `wait_s` is what they get for it. Only a process that handles SIGUSR1, as faulthandler does, is signalled: any
-    other would die of it.
+    Those that can run write their own Python stacks to stderr, and get `wait_s` seconds for it. Only a process that
+    handles SIGUSR1, as faulthandler does, is signalled: any other would die of it.
     """
     alive = [process for process in processes if process.is_running()]
     lines = tuple(line for process in alive for line in _seen(process.pid))
-    asked = [_ask(process.pid) for process in alive]
+    asked = [_ask(process) for process in alive]
     if any(asked):
         await asyncio.sleep(wait_s)
     return lines
 
 
-def _ask(pid: int) -> bool:
-    """Let the process write its stacks, if it can. A stopped one would do it when it is continued: never."""
-    status = _status(pid)
+def _ask(process: psutil.Process) -> bool:
+    """Let the process write its stacks, if it can. A stopped one would do it when it is continued, which is never."""
+    status = _fields(Path(f"/proc/{process.pid}/status"))
     handled = int(status.get("SigCgt", "0"), 16) >> (signal.SIGUSR1 - 1) & 1
-    if not handled or status.get("State", "").startswith("T"):
+    if not handled or status.get("State", "").startswith(_STOPPED):
         return False
-    with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGUSR1)
+    with contextlib.suppress(psutil.Error):
+        process.send_signal(signal.SIGUSR1)
         return True
     return False
 
 
 def _seen(pid: int) -> Iterator[str]:
-    status = _status(pid)
-    name = f"{status.get('Name', 'process')} (pid {pid})"
-    yield f"{name}: {status.get('State', 'gone')}, waits in {_read(f'/proc/{pid}/wchan') or 'nothing'}"
-    if stack := _read(f"/proc/{pid}/stack"):
-        yield f"{name}: kernel stack: {' < '.join(line.split()[-1] for line in stack.splitlines() if line.split())}"
+    folder = Path(f"/proc/{pid}")
+    fields = _fields(folder / "status")
+    name = f"{fields.get('Name', 'process')} (pid {pid})"
+    yield f"{name}: {fields.get('State', 'gone')}, waits in {_wait(folder)}"
+    if stack := _read(folder / "stack"):
+        # "[<0>] futex_wait_queue+0x5e/0x90", innermost first
+        yield f"{name}: kernel stack: {' < '.join(line.split()[-1] for line in stack.splitlines() if line.strip())}"
+    threads = _threads(folder)
+    for fields, where in threads[:_MOST_THREADS]:
+        yield f"{name}: thread {fields.get('Name')} ({fields.get('Pid')}): {fields.get('State')}, waits in {where}"
+    if len(threads) > _MOST_THREADS:
+        yield f"{name}: {len(threads) - _MOST_THREADS} more threads"
+
+
+def _threads(folder: Path) -> list[tuple[dict[str, str], str]]:
+    """Status and place of each thread but the main one; those that do not simply sleep come first."""
+    found = []
     with contextlib.suppress(OSError):
-        for task in sorted(Path(f"/proc/{pid}/task").iterdir())[:_MOST_THREADS]:
-            if task.name != str(pid):
-                own = _status(pid, task.name)
-                where = _read(f"{task}/wchan") or "nothing"
-                yield f"{name}: thread {own.get('Name')}: {own.get('State')}, waits in {where}"
+        for task in sorted((folder / "task").iterdir(), key=lambda task: int(task.name)):
+            if task.name != folder.name and (fields := _fields(task / "status")):
+                found.append((fields, _wait(task)))
+    return sorted(found, key=lambda thread: thread[0].get("State", "").startswith("S"))
 
 
-def _status(pid: int, thread: str = "") -> dict[str, str]:
-    text = _read(f"/proc/{pid}/task/{thread}/status" if thread else f"/proc/{pid}/status")
-    pairs = (line.partition(":") for line in text.splitlines())
+def _wait(folder: Path) -> str:
+    """The kernel function in which it sleeps."""
+    where = _read(folder / "wchan")
+    return "nothing" if where in ("", "0") else where
+
+
+def _fields(status: Path) -> dict[str, str]:
+    pairs = (line.partition(":") for line in _read(status).splitlines())
     return {name: value.strip() for name, _, value in pairs}
 
 
-def _read(path: str) -> str:
+def _read(path: Path) -> str:
     with contextlib.suppress(OSError):
-        text = Path(path).read_text(errors="replace").strip()
-        return "" if text == "0" else text
+        return path.read_text(errors="replace").strip()
     return ""
