@@ -64,7 +64,9 @@ class _Mount:
         """The group's folder. A container may see its own group as the top, under a path that says otherwise."""
         below = group.removeprefix(self.top) if self.top != "/" and f"{group}/".startswith(f"{self.top}/") else group
         folder = self.point / below.lstrip("/")
-        return folder if folder.is_dir() else self.point
+        with contextlib.suppress(OSError):
+            return folder if folder.is_dir() else self.point
+        return self.point
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,11 @@ class _Group:
         """The files that count kills: one tells all in version 2."""
         if self.is_v2:
             yield self.folder / "memory.events"
-        else:
-            with contextlib.suppress(OSError):  # a group below may go while we look
-                yield from self.folder.rglob("memory.oom_control")
+            return
+        yield self.folder / "memory.oom_control"
+        if self.folder != self.mount:  # below the topmost one may be everything else on the machine
+            with contextlib.suppress(OSError):  # a group may go while we look
+                yield from self.folder.rglob("*/memory.oom_control")
 
     def limit_files(self) -> Iterator[Path]:
         """Our limit's file first, then those of the groups above that can be seen."""
@@ -123,13 +127,14 @@ def _memberships(proc: Path) -> list[tuple[list[str], str]]:
 
 def _mounts(proc: Path) -> tuple[_Mount | None, _Mount | None]:
     """Where version 1's memory controller and version 2 are mounted: the first of each."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = (proc / "mountinfo").read_text(errors="replace").splitlines()
     v1 = v2 = None
-    with contextlib.suppress(OSError, IndexError):
-        for line in (proc / "mountinfo").read_text(errors="replace").splitlines():
-            left, _, right = line.partition(" - ")
-            place, (kind, *_, options) = left.split(), right.split()
-            if kind == "cgroup2":
-                v2 = v2 or _Mount(Path(place[4]), place[3])
-            elif kind == "cgroup" and "memory" in options.split(","):
-                v1 = v1 or _Mount(Path(place[4]), place[3])
+    for line in lines:
+        match line.split():
+            case [_, _, _, top, point, *_, "-", "cgroup2", _, _]:
+                v2 = v2 or _Mount(Path(point), top)
+            case [_, _, _, top, point, *_, "-", "cgroup", _, options] if "memory" in options.split(","):
+                v1 = v1 or _Mount(Path(point), top)
     return v1, v2

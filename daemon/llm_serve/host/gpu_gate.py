@@ -11,8 +11,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from llm_serve.core.errors import HostError
 from llm_serve.core.evidence import Holder
@@ -22,7 +23,12 @@ _LOOK_EVERY_S = 1.0
 _SAMPLE_EVERY_S = 0.25
 _DEVICE_NODES = (Path("/dev/nvidia-uvm"), Path("/dev/nvidiactl"))
 _ENDING = ("Z", "X")
+_PATIENCE_S = 5.0
+"""What a driver needs to wake a GPU."""
 _SILENT = "NVIDIA's driver does not answer"
+_ADVICE = (
+    "Look at nvidia-smi and at the kernel log (journalctl -k -g NVRM). gpu.wait_timeout_s is how long a start waits."
+)
 
 Tell = Callable[[str], None]
 _Answer = TypeVar("_Answer")
@@ -45,42 +51,42 @@ async def wait_for_gpus(  # noqa: PLR0913 - each by its name
     if not is_needed and wanted is None:
         return ()
     deadline, told = time.monotonic() + timeout_s, ""
+    asking: asyncio.Future[_Sight] | None = None
     while True:
-        found, missing, is_permanent = await _look(look, wanted, nodes, deadline)
-        if not missing:
-            return found
-        if is_permanent:
-            raise HostError(f"{missing}. Waiting does not help.")
+        asking = asking or _in_thread(lambda: _see(look(), wanted, nodes))
+        await asyncio.wait({asking}, timeout=max(0, min(_PATIENCE_S, deadline - time.monotonic())))
+        sight = asking.result() if asking.done() else _Sight((), _SILENT)
+        if not sight.missing:
+            return sight.usable
+        if sight.is_final:
+            raise HostError(f"{sight.missing}. Waiting does not help.")
         if time.monotonic() >= deadline:
-            advice = "Look at nvidia-smi and at the kernel log (journalctl -k -g NVRM)"
-            raise HostError(
-                f"{missing}, after {timeout_s:g} s. {advice}; gpu.wait_timeout_s is how long a start waits."
-            )
-        if missing != told:
-            told = missing
-            tell(f"waiting: {missing}")
-        await asyncio.sleep(_LOOK_EVERY_S)
+            raise HostError(f"{sight.missing}, after {timeout_s:g} s. {_ADVICE}")
+        if sight.missing != told:
+            told = sight.missing
+            tell(f"waiting: {told}")
+        if asking.done():
+            asking = None
+            await asyncio.sleep(_LOOK_EVERY_S)
 
 
-async def _look(
-    look: Callable[[], Gpus], wanted: tuple[int, ...] | None, nodes: tuple[Path, ...], deadline: float
-) -> tuple[tuple[Gpu, ...], str, bool]:
-    """(the GPUs to use, what is not there yet in words or "", whether that stays so)."""
+class _Sight(NamedTuple):
+    """One look at the machine."""
 
-    def ask() -> tuple[tuple[Gpu, ...], str, bool]:
-        gpus = look()
-        there = gpus.devices()
-        usable = tuple(gpu for gpu in there if wanted is None or gpu.index in wanted)
-        return usable, _missing(gpus, there, wanted, nodes), gpus.is_permanent
+    usable: tuple[Gpu, ...]
+    missing: str
+    """What is not there yet, in words; empty when all is."""
+    is_final: bool = False
+    """True when it stays so."""
 
-    try:
-        return await asyncio.wait_for(_in_thread(ask), max(_LOOK_EVERY_S, deadline - time.monotonic()))
-    except TimeoutError:
-        return (), _SILENT, False
+
+def _see(gpus: Gpus, wanted: tuple[int, ...] | None, nodes: tuple[Path, ...]) -> _Sight:
+    there = gpus.devices()
+    usable = tuple(gpu for gpu in there if wanted is None or gpu.index in wanted)
+    return _Sight(usable, _missing(gpus, there, wanted, nodes), gpus.is_permanent)
 
 
 def _missing(gpus: Gpus, there: tuple[Gpu, ...], wanted: tuple[int, ...] | None, nodes: tuple[Path, ...]) -> str:
-    """What is not there yet, in words; empty when all is."""
     if gpus.reason:
         return gpus.reason
     absent = sorted(set(wanted or ()) - {gpu.index for gpu in there})
@@ -151,22 +157,22 @@ def _state(pid: int) -> str:
     return ""
 
 
-async def _in_thread(question: Callable[[], _Answer]) -> _Answer:
+def _in_thread(question: Callable[[], _Answer]) -> asyncio.Future[_Answer]:
     """The answer of a call that may hang. A pool's thread would be waited for at the daemon's end."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Answer] = loop.create_future()
 
-    def settle(method: Callable[..., None], value: object) -> None:
+    def settle(answer: Callable[[], None]) -> None:
         if not future.done():
-            method(value)
+            answer()
 
     def run() -> None:
         try:
-            method, value = future.set_result, question()
+            answer = partial(future.set_result, question())
         except Exception as error:  # noqa: BLE001 - it is raised where it is awaited
-            method, value = future.set_exception, error
+            answer = partial(future.set_exception, error)
         with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits
-            loop.call_soon_threadsafe(settle, method, value)
+            loop.call_soon_threadsafe(settle, answer)
 
     threading.Thread(target=run, name="gpu-driver", daemon=True).start()
-    return await future
+    return future

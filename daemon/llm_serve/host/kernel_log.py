@@ -17,11 +17,13 @@ _TELLING = re.compile(
     r"Killed process \d|oom-kill:|Memory cgroup out of memory"
     r"|NVRM: (?:Xid|API mismatch)|fallen off the bus"
     r"|segfault at|general protection|traps: "
-    r"|Machine check|\[Hardware Error\]|hardware memory|EDAC \S+: \d+ [UC]E|uncorrect(?:ed|able) (?:ECC|error)",
+    r"|Machine check|\[Hardware Error\]|hardware memory|EDAC \S+: \d+ UE|uncorrect(?:ed|able) (?:ECC|error)",
     re.IGNORECASE,
 )
-_XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-f:.]+)\): (\d+)", re.IGNORECASE)
-_BUS = re.compile(r"([0-9a-f]+):([0-9a-f]+):([0-9a-f]+)(?:\.\d+)?", re.IGNORECASE)
+_XID = re.compile(r"NVRM: Xid \([^)]*\): (\d+)")
+_ADDRESS = r"\b([0-9a-f]{4,8}):([0-9a-f]{2}):([0-9a-f]{2})\b"
+_BUS = re.compile(_ADDRESS, re.IGNORECASE)
+_GPU = re.compile(f"NVRM: .*?{_ADDRESS}", re.IGNORECASE)
 _MOST_LINES = 100
 _RECORD_BYTES = 16384
 """The kernel's own buffer for one is 8192."""
@@ -33,7 +35,7 @@ class KernelLog:
     def __init__(self, device: Path = Path("/dev/kmsg"), *, pci_bus_ids: Collection[str] = ()) -> None:
         self.reason = ""
         """Why it cannot be read; empty when it can."""
-        self._ours = {_bus(each) for each in pci_bus_ids}
+        self._ours = {_numbers(found) for each in pci_bus_ids if (found := _BUS.match(each))}
         self._lines: deque[str] = deque(maxlen=_MOST_LINES)
         self._fd: int | None = None
         try:
@@ -55,7 +57,7 @@ class KernelLog:
 
     def xids(self) -> tuple[int, ...]:
         """The error numbers of NVIDIA's driver, oldest first."""
-        return tuple(int(found[2]) for line in self.lines_since_start() if (found := _XID.search(line)))
+        return tuple(int(found[1]) for line in self.lines_since_start() if (found := _XID.search(line)))
 
     def close(self) -> None:
         """Stop reading; what was read stays. One that is forgotten closes itself."""
@@ -75,8 +77,8 @@ class KernelLog:
         return ""
 
     def _is_ours(self, text: str) -> bool:
-        found = _XID.search(text)
-        return found is None or not self._ours or _bus(found[1]) in self._ours
+        found = _GPU.search(text)
+        return found is None or not self._ours or _numbers(found) in self._ours
 
 
 def _text(line: str) -> str:
@@ -85,7 +87,6 @@ def _text(line: str) -> str:
     return (message if semicolon and prefix[:1].isdigit() else line).strip()
 
 
-def _bus(text: str) -> tuple[int, ...] | str:
+def _numbers(address: re.Match[str]) -> tuple[int, ...]:
     """(domain, bus, device): the kernel writes 0000:3b:00, NVML 00000000:3B:00.0."""
-    found = _BUS.fullmatch(text)
-    return tuple(int(number, 16) for number in found.groups()) if found else text
+    return tuple(int(number, 16) for number in address.groups())

@@ -12,7 +12,11 @@ from typing import Any
 import psutil
 
 MARKER = "LLM_SERVE_RUNTIME"
-"""In the environment of every process of an engine: the runtime folder of the instance that started it."""
+"""In the environment of every process of an engine: the runtime folder of the instance that started it.
+
+SPT_NOENV has to stand beside it: setproctitle, with which vLLM names its processes, else writes over the environment
+that others can read.
+"""
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place itself, no temporary file
 
@@ -32,12 +36,16 @@ def children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def strays(marker: str, *, without: Iterable[int] = ()) -> list[psutil.Process]:
-    """Living processes that an earlier life of an instance has left: they carry its mark and are not below this one."""
+    """Living processes that an earlier life of an instance has left: they carry its mark and are not below this one.
+
+    Only those of this user count: root could read everybody's environment.
+    """
     spared = {os.getpid(), *without, *(process.pid for process in children(psutil.Process()))}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid not in spared and process.environ().get(MARKER) == marker and is_alive(process):
+            is_ours = process.uids().effective == os.geteuid()
+            if is_ours and process.pid not in spared and process.environ().get(MARKER) == marker and is_alive(process):
                 found.append(process)
     return found
 

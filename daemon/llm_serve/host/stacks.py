@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 
 _MOST_THREADS = 16
-_STOPPED = ("T", "t")
-"""By a signal, or by a debugger."""
+_CANNOT_RUN = ("T", "t", "Z", "X")
+"""Stopped by a signal or by a debugger, or ended."""
 
 
 async def dump(processes: Iterable[psutil.Process], *, wait_s: float = 1.0) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def _ask(process: psutil.Process) -> bool:
     """Let the process write its stacks, if it can. A stopped one would do it when it is continued, which is never."""
     status = _fields(Path(f"/proc/{process.pid}/status"))
     handled = int(status.get("SigCgt", "0"), 16) >> (signal.SIGUSR1 - 1) & 1
-    if not handled or status.get("State", "").startswith(_STOPPED):
+    if not handled or status.get("State", "").startswith(_CANNOT_RUN):
         return False
     with contextlib.suppress(psutil.Error):
         process.send_signal(signal.SIGUSR1)
@@ -50,20 +50,20 @@ def _seen(pid: int) -> Iterator[str]:
         # "[<0>] futex_wait_queue+0x5e/0x90", innermost first
         yield f"{name}: kernel stack: {' < '.join(line.split()[-1] for line in stack.splitlines() if line.strip())}"
     threads = _threads(folder)
-    for fields, where in threads[:_MOST_THREADS]:
-        yield f"{name}: thread {fields.get('Name')} ({fields.get('Pid')}): {fields.get('State')}, waits in {where}"
+    for own, where in threads[:_MOST_THREADS]:
+        yield f"{name}: thread {own.get('Name')} ({own.get('Pid')}): {own.get('State')}, waits in {where}"
     if len(threads) > _MOST_THREADS:
         yield f"{name}: {len(threads) - _MOST_THREADS} more threads"
 
 
 def _threads(folder: Path) -> list[tuple[dict[str, str], str]]:
     """Status and place of each thread but the main one; those that do not simply sleep come first."""
-    found = []
+    tasks: list[Path] = []
     with contextlib.suppress(OSError):
-        for task in sorted((folder / "task").iterdir(), key=lambda task: int(task.name)):
-            if task.name != folder.name and (fields := _fields(task / "status")):
-                found.append((fields, _wait(task)))
-    return sorted(found, key=lambda thread: thread[0].get("State", "").startswith("S"))
+        tasks = sorted((folder / "task").iterdir(), key=lambda task: int(task.name))
+    found = [(_fields(task / "status"), _wait(task)) for task in tasks if task.name != folder.name]
+    living = [thread for thread in found if thread[0]]
+    return sorted(living, key=lambda thread: thread[0].get("State", "").startswith("S"))
 
 
 def _wait(folder: Path) -> str:

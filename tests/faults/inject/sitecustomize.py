@@ -25,7 +25,7 @@ _WHERE = {
     "vllm.v1.worker.cpu_model_runner": ("CPUModelRunner", ("profile_run", "initialize_kv_cache", "warming_up_model")),
     "vllm.v1.worker.gpu_model_runner": ("GPUModelRunner", ("execute_model",)),
     "vllm.v1.core.sched.scheduler": ("Scheduler", ("schedule",)),
-    "vllm.v1.engine.async_llm": ("AsyncLLM", ("_run_output_handler",)),
+    "vllm.v1.engine.output_processor": ("OutputProcessor", ("process_outputs",)),
 }
 
 
