@@ -10,7 +10,7 @@ BIN     := $(VENV)/bin
 INSTALL := $(PYTHON) packaging/install --venv $(VENV) --backend $(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test check lint types unit-verify format bench lock clean
+.PHONY: help setup dev demo faults test check lint types unit-verify format bench lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,9 +27,12 @@ dev: ## as setup, with what tests and checks need
 demo: setup ## serve the embedded model on 127.0.0.1:8000, on the CPU or the GPU
 	@$(BIN)/llm-serve demo
 
-test: dev ## run all tests (as root it first installs the programs that some of them need)
+faults: dev ## hurt real engines in every way of the fault matrix, and print a table of figures (15 min.)
+	@$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+
+test: dev ## run all tests but the faults (as root it first installs the programs that some of them need)
 	@packaging/test-tools
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --ignore=tests/faults $(PYTEST_ARGS)
 
 check: lint types test unit-verify ## everything that must hold: lint, strict types, tests, units
 

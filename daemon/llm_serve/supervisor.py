@@ -36,6 +36,7 @@ _WATCH_EVERY_S = 0.5
 _EXTEND_EVERY_S, _EXTEND_BY_S = 2.5, 30.0
 _LOG_STATS_EVERY_S = 10.0
 _CANCEL_S = 15.0
+_BURY_S = 5.0
 _COMPILING_AFTER_S = 5.0
 _GRACE_S = 60.0
 _WAITING = Phase("waiting", 0.0)
@@ -285,6 +286,9 @@ class Supervisor:
         self._events.put_nowait(machine.EngineRetired(epoch))
 
     async def _stop_engine(self) -> None:
+        if self._burying is not None and not self._burying.done():
+            # It removes what the dead engine has left; only its wait for GPU memory can take long.
+            await asyncio.wait({self._burying}, timeout=_BURY_S)
         for task in (self._building, self._burying):
             if task is not None and not task.done():
                 task.cancel()

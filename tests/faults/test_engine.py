@@ -279,7 +279,7 @@ def test_long_prompts_are_no_hang(daemon: MakeDaemon, watch: Watch) -> None:
 @pytest.mark.row("A5", "KV cache too small for max_model_len")
 def test_a_kv_cache_that_is_too_small(daemon: MakeDaemon, watch: Watch) -> None:
     """vLLM's own estimate cures it in exactly one restart, and the next daemon begins there."""
-    tables = {"engine": {"max_model_len": 8192, "kv_cache_memory_bytes": 64 << 20, "hf_overrides": _LONGER}}
+    tables = {"engine": {"max_model_len": 8192, "kv_cache_memory_bytes": 128 << 20}}
     watch.begin()
     serving = daemon(tables)
 
@@ -293,9 +293,6 @@ def test_a_kv_cache_that_is_too_small(daemon: MakeDaemon, watch: Watch) -> None:
     again = _restarted(serving)
     assert (1, 1) == (again.status()["engine_starts"], again.status()["rung"])
     assert status["max_model_len"] == again.status()["max_model_len"]
-
-
-_LONGER = {"max_position_embeddings": 8192}
 
 
 def _restarted(daemon: Daemon) -> Daemon:
@@ -314,7 +311,8 @@ def test_out_of_memory_at_every_start_walks_the_whole_ladder(daemon: MakeDaemon,
 
     assert 70 == failing.wait_for_exit(380)
     log = failing.log()
-    starts = fault.made
+    assert fault.made >= 3
+    starts = log.count("engine failed")
     assert starts == log.count("the plan has changed") + 1
     assert "rung 1" in log.splitlines()[-1] or "rung 1" in log[log.rindex("exit") :]
     watch.figure(starts=starts, exit=70, **{"after s": round(time.monotonic() - watch._began, 1)})
@@ -375,7 +373,7 @@ def test_a_crash_loop_backs_off_and_gives_up(daemon: MakeDaemon, watch: Watch, f
 
     assert 4 == fault.made
     assert "gave up after 4 engine starts" in failing.log()
-    assert "SIGABRT" in failing.log()
+    assert "Aborted" in failing.log()
     watch.figure(starts=4, exit=70, **{"after s": round(time.monotonic() - watch._began, 1)})
 
 

@@ -85,6 +85,7 @@ def test_the_kernel_kills_the_engine_for_memory(daemon: MakeDaemon, group: Group
     Path(f"/proc/{core.pid}/oom_score_adj").write_text("1000")
     group.limit(group.used() + (256 << 20))
     hog = subprocess.Popen([sys.executable, "-c", f"import os\nos.kill(os.getpid(), 19)\n{_HOG}"])
+    eventually(psutil.Process(hog.pid).status, lambda seen: seen == psutil.STATUS_STOPPED, within_s=5, what="a hog")
     group.add(hog.pid)
 
     watch.begin()

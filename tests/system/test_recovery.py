@@ -26,7 +26,6 @@ max_model_len = 4096
 max_num_seqs = 4
 enforce_eager = true
 kv_cache_memory_bytes = {kv_bytes}
-hf_overrides = {{ max_position_embeddings = 4096 }}
 [recovery]
 floor_max_model_len = {floor}
 restart_limit = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -73,6 +74,108 @@ def test_python_s_resource_tracker_is_nobody(start: Start) -> None:
     tracker = start(SLEEPER, "from multiprocessing.resource_tracker import main;main(3)")
 
     assert tracker.pid not in {process.pid for process in processes.descendants()}
+
+
+ORPHAN = """
+import os, sys
+pid = os.fork()
+if pid:
+    print(pid, flush=True)
+    os._exit(0)
+os.setsid()
+os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+exec(sys.argv[1])
+import time
+time.sleep(600)
+"""
+Strand = Callable[..., psutil.Process]
+
+
+@pytest.fixture
+def strand() -> Iterator[Strand]:
+    """Start a process that nobody below this one has started any more, with these variables; it is ended after it."""
+    stranded: list[psutil.Process] = []
+
+    def strand_one(code: str = "", **variables: str) -> psutil.Process:
+        command = [sys.executable, "-c", ORPHAN, code]
+        parent = subprocess.run(command, env=os.environ | variables, stdout=subprocess.PIPE, text=True, check=True)
+        stranded.append(psutil.Process(int(parent.stdout)))
+        return stranded[-1]
+
+    yield strand_one
+    for each in stranded:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+
+
+def test_leftovers_of_an_earlier_life_are_found(strand: Strand, tmp_path: Path) -> None:
+    """By the mark in their environment, whoever their parent is now; a stopped one, too; none of another instance."""
+    mark = str(tmp_path)
+    ours, stopped = strand(**{processes.MARKER: mark}), strand(**{processes.MARKER: mark})
+    strand(**{processes.MARKER: f"{mark}-b"})
+    strand(OTHER=mark)
+    stopped.suspend()
+    eventually(lambda: stopped.status() == psutil.STATUS_STOPPED, "the process is stopped")
+
+    assert {ours, stopped} == set(processes.strays(mark))
+    assert [ours] == processes.strays(mark, without=[stopped.pid])
+    assert [] == processes.strays(mark[:-1])
+
+
+def test_what_is_below_this_process_is_no_stray(
+    strand: Strand, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither this process, nor its children and theirs, are left over, whatever mark they carry."""
+    code = (
+        "import subprocess, sys\n"
+        "with subprocess.Popen(['sleep', '600'], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as child:\n"
+        "    print(child.pid, flush=True); sys.stdin.read(); child.kill()"
+    )
+    monkeypatch.setenv(processes.MARKER, str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as parent:
+        assert parent.stdout
+        child = psutil.Process(int(parent.stdout.readline()))
+        stray = strand()
+        try:
+            below = [psutil.Process(parent.pid), child]
+            assert all(str(tmp_path) == each.environ()[processes.MARKER] for each in (*below, stray))
+            assert [stray] == processes.strays(str(tmp_path))
+        finally:
+            parent.communicate("")
+
+
+def test_a_stray_that_ended_is_none(strand: Strand, tmp_path: Path) -> None:
+    """What is gone is not found."""
+    stray = strand(**{processes.MARKER: str(tmp_path)})
+    assert [stray] == processes.strays(str(tmp_path))
+
+    stray.kill()
+
+    eventually(lambda: [] == processes.strays(str(tmp_path)), "it is gone")
+
+
+TITLED = "import setproctitle; setproctitle.setproctitle('VLLM::EngineCore')"
+
+
+def test_a_stray_is_found_by_its_mark_though_it_has_named_itself(strand: Strand, tmp_path: Path) -> None:
+    """setproctitle, which vLLM uses, writes over the environment that others see, unless SPT_NOENV is set."""
+    pytest.importorskip("setproctitle")
+    titled = strand(TITLED, SPT_NOENV="1", **{processes.MARKER: str(tmp_path)})
+
+    eventually(lambda: titled.cmdline()[0].startswith("VLLM::EngineCore"), "it has its title")
+
+    assert [titled] == processes.strays(str(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start another user's process")
+def test_another_user_s_process_is_no_stray(strand: Strand, tmp_path: Path) -> None:
+    """A mark that somebody else has set does not get his processes killed, nor ours."""
+    theirs = strand("os.setuid(65534)", **{processes.MARKER: str(tmp_path)})
+
+    eventually(lambda: 65534 == theirs.uids().effective, "it is another user's")
+
+    assert str(tmp_path) == theirs.environ()[processes.MARKER]
+    assert [] == processes.strays(str(tmp_path))
 
 
 # Ending.

@@ -262,8 +262,8 @@ class Factory:
         await self.stop(engine)
 
     async def kill_rest(self) -> None:
-        """End whatever runs below the daemon, but for the fork server."""
-        await processes.kill_all(self._engine_processes(), timeout_s=_KILL_TIMEOUT_S)
+        """End whatever runs below the daemon, but for the fork server, and remove what it had in memory."""
+        await self._clear(())
 
     def pids(self) -> set[int]:
         """The daemon and every process below it."""

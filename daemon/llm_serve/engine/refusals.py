@@ -78,7 +78,10 @@ _MOST_CAUSES = 8
 _HOST_TROUBLE = (
     (r"failed to infer device type", "vLLM finds no device it can use"),
     (r"no cuda gpus are available|cuda unknown error|error 802", "the GPU driver is not ready"),
-    (r"connecterror|connecttimeout|couldn't connect to|connection error|timed out|max retries exceeded", "the model hub is out of reach"),
+    (
+        r"connecterror|connecttimeout|couldn't connect to|connection error|timed out|max retries exceeded",
+        "the model hub is out of reach",
+    ),
 )
 
 _ADVICE: tuple[tuple[str, str, str], ...] = (

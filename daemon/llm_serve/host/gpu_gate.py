@@ -54,7 +54,8 @@ async def wait_for_gpus(  # noqa: PLR0913 - each by its name
     asking: asyncio.Future[_Sight] | None = None
     while True:
         asking = asking or _in_thread(lambda: _see(look(), wanted, nodes))
-        await asyncio.wait({asking}, timeout=max(0, min(_PATIENCE_S, deadline - time.monotonic())))
+        # The last look has its time, too: else the reason at the limit would be that nothing was answered at once.
+        await asyncio.wait({asking}, timeout=min(_PATIENCE_S, max(_LOOK_EVERY_S, deadline - time.monotonic())))
         sight = asking.result() if asking.done() else _Sight((), _SILENT)
         if not sight.missing:
             return sight.usable

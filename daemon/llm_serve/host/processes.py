@@ -30,7 +30,7 @@ def descendants(*, without: Iterable[int] = ()) -> list[psutil.Process]:
 
 def children(process: psutil.Process) -> list[psutil.Process]:
     """Every process below another one; none when that has ended."""
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(psutil.Error, OSError):
         return list(process.children(recursive=True))
     return []
 
@@ -142,5 +142,7 @@ def holder_of_port(port: int) -> str | None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process alone."""
-    return int(psutil.Process(os.getpid()).memory_info().rss)
+    """Memory of this process alone; 0 when it cannot be read, for want of a descriptor for instance."""
+    with contextlib.suppress(psutil.Error, OSError):
+        return int(psutil.Process(os.getpid()).memory_info().rss)
+    return 0
