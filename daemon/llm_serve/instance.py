@@ -65,7 +65,7 @@ async def ready_host(instance: Instance, factory: Factory, collector: Collector,
     gpus = opened[0] if opened else open_gpus()
     used = found or gpus.devices()
     factory.device_memory_bytes = min((gpu.memory_total_bytes for gpu in used), default=None)
-    witnesses = Witnesses(gpus, tuple(gpu.index for gpu in used))
+    witnesses = Witnesses(gpus, used)
     postmortem = Postmortem(factory, collector, witnesses, instance.state)
     return Host(gpus, Memory(StateFile(instance.state), partial(_key, instance, used)), postmortem)
 

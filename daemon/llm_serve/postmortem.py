@@ -50,7 +50,7 @@ class Postmortem:
             known = failure.kind not in (Kind.crashed, Kind.unknown)
             return await self._conclude(Evidence(), failure if known else Failure(Kind.host_limit, str(error)))
         evidence = error.evidence if isinstance(error, StartError) else self._collector.evidence(error)
-        evidence = self._witnesses.testify(evidence)
+        evidence = await asyncio.to_thread(self._witnesses.testify, evidence)
         await self._wait_for_memory()
         return await self._conclude(evidence)
 
@@ -68,7 +68,8 @@ class Postmortem:
 
     async def _bury(self, engine: Engine, **more: Any) -> Failure:
         since = time.time() - _CAUSE_WITHIN_S
-        evidence = self._witnesses.testify(self._collector.evidence(since=since, has_served=True, **more))
+        evidence = self._collector.evidence(since=since, has_served=True, **more)
+        evidence = await asyncio.to_thread(self._witnesses.testify, evidence)
         await self._factory.kill(engine)
         await self._wait_for_memory()
         return await self._conclude(evidence)

@@ -56,6 +56,10 @@ PROCESS_ENVIRONMENT = {
     # Else vLLM asks the default route for an address, and torch's store listens there.
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # Else a process that gives itself a title overwrites its environment, by which a stray is known.
+    "SPT_NOENV": "1",
+    # CUDA numbers GPUs by speed otherwise; [gpu] devices means what the driver and nvidia-smi show.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
 }
 """Set in the daemon before vllm is imported, unless the user has set the variable."""
 
