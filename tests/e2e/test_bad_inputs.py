@@ -196,13 +196,13 @@ def test_a_full_disk(daemon: MakeDaemon, full_disk: Path) -> None:
 
 
 def test_an_engine_that_does_not_fit_says_what_to_change(daemon: MakeDaemon) -> None:
-    """The child's own words arrive, not "Engine core initialization failed", and the limit is kept: exit 70."""
-    tables = {"engine": {"kv_cache_memory_bytes": 32 << 20}, "recovery": {"restart_limit": 1}}
-    starting = daemon(tables)
+    """Where even the floors do not fit: the child's own words arrive, what to change, and exit 70 after one start."""
+    starting = daemon({"engine": {"kv_cache_memory_bytes": 32 << 20}})
     assert 70 == starting.wait_for_exit(120), starting.log()[-4000:]
     last = " ".join(starting.log().splitlines()[-3:])
-    for phrase in ("gave up after 1 engine starts", "out_of_memory", "estimated maximum model length is"):
+    for phrase in ("kv_cache_too_small", "estimated maximum model length is", "recovery.floor_max_model_len"):
         assert phrase in last, starting.log()[-6000:]
+    assert "engine start 2" not in starting.log()
 
 
 def test_a_start_that_takes_too_long_is_ended(daemon: MakeDaemon) -> None:
