@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _KILL_TIMEOUT_S = 10.0
-_LOOK_EVERY_S = 2.5
+_LOOK_EVERY_S = 1.0
 _LAST_STACKS_S = 1.0
 _LAST_RECORDS_S = 0.2
 """The last records of a dying child are still on their way for so long."""
@@ -138,6 +138,7 @@ class Factory:
         self._forked_with: Mapping[str, str] | None = None
         self._architectures: list[str] = []
         self._progressed_at = time.monotonic()
+        self._mapped: frozenset[Path] = frozenset()
         self.built = Effective()
         """What the last engine was built with, or was about to be."""
         self.device_memory_bytes: int | None = None
@@ -216,6 +217,8 @@ class Factory:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             after = await asyncio.to_thread(self.marks)
+            # A process that ends by itself takes with it the knowledge of what it had mapped.
+            self._mapped |= await asyncio.to_thread(processes.shared_memory_of, self._engine_processes())
             if is_progress(before, after, _LOOK_EVERY_S):
                 self._progressed_at = time.monotonic()
             before = after
@@ -318,7 +321,8 @@ class Factory:
 
     async def _clear(self, folders: tuple[Path, ...]) -> None:
         living = self._engine_processes()
-        shared = processes.shared_memory_of(living)
+        shared = self._mapped | processes.shared_memory_of(living)
+        self._mapped = frozenset()
         await processes.kill_all(living, timeout_s=_KILL_TIMEOUT_S)
         forkserver.forget(processes.unlink_all(shared))
         _remove(folders)
