@@ -116,6 +116,8 @@ def tree(path: str) -> ast.Module:
     """The source of an installed package's file."""
     package, _, rest = path.partition("/")
     spec = importlib.util.find_spec(package)
+    if spec is None and package == "triton":
+        pytest.skip("Triton is not part of the environment for CPUs")
     assert spec is not None, f"{package} is not installed"
     assert spec.origin is not None
     return ast.parse((Path(spec.origin).parent / rest).read_text())

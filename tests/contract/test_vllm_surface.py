@@ -250,12 +250,21 @@ def test_every_text_of_a_failure_is_something_that_vllm_says(text: str) -> None:
 
 # The environment and the fork server.
 VARIABLES = (*factory.PROCESS_ENVIRONMENT, "VLLM_LOGGING_CONFIG_PATH", "VLLM_RPC_BASE_PATH")
+OF_OTHERS = {"CUDA_DEVICE_ORDER": "the CUDA driver", "SPT_NOENV": "setproctitle"}
 
 
-@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("name", [name for name in VARIABLES if name not in OF_OTHERS])
 def test_every_variable_that_is_set_is_read(name: str) -> None:
     """A variable that vLLM does not know any more would be set in vain."""
     assert name in envs.environment_variables
+
+
+def test_a_process_with_a_title_keeps_its_environment() -> None:
+    """setproctitle, by which vLLM names its processes, still reads SPT_NOENV."""
+    spec = importlib.util.find_spec("setproctitle._setproctitle")
+    assert spec is not None
+    assert spec.origin is not None
+    assert b"SPT_NOENV" in Path(spec.origin).read_bytes()
 
 
 def test_vllm_is_configured_to_log_to_us() -> None:

@@ -165,13 +165,13 @@ def test_a_record_that_cannot_be_written_raises_nothing(logger: logging.Logger, 
 
 @pytest.mark.parametrize("text", ["x" * 300_000, "\u2620" * 300_000], ids=["ascii", "escaped"])
 def test_a_huge_record_arrives_cut(text: str, logger: logging.Logger, ears: Ears) -> None:
-    """A text that no datagram holds is cut, in the message and in the exception, and arrives."""
+    """A text that no datagram holds is cut, in the message and in the exception, whose end is kept as well."""
     logger.error(text, exc_info=ValueError(text))
 
     record = ears.record()
 
     assert text[:6000] == record["message"]
-    assert text[:6000] == record["exception"]["text"]
+    assert f"{text[:3000]} [...] {text[-3000:]}" == record["exception"]["text"]
     assert 12_000 == len(record["exception"]["traceback"])
 
 
