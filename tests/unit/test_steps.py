@@ -1,0 +1,106 @@
+"""Which of an engine's steps count as progress. The values are vLLM's own classes."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+from llm_serve.engine.steps import StepWatch
+
+pytestmark = pytest.mark.vllm
+
+
+class Engine:
+    """A watch with a clock that the test turns, and a number of requests that the test sets."""
+
+    def __init__(self) -> None:
+        self.now, self.unfinished = 100.0, 0
+        self.watch = StepWatch(lambda: self.now)
+        self.watch.attach(lambda: self.unfinished)
+
+    def stalled_at(self, now: float) -> float:
+        """What the watch says at that time."""
+        self.now = now
+        return self.watch.stalled_for_s()
+
+    def step_at(
+        self, now: float, running: int = 1, waiting: int = 0, used: float = 0.1, *, token: bool = False
+    ) -> None:
+        """One step of the engine at that time."""
+        self.now = now
+        stats = SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting, kv_cache_usage=used)
+        self.watch.record(stats, IterationStats() if token else None)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """One that has nothing to do."""
+    return Engine()
+
+
+def test_nothing_to_do_is_no_stall(engine: Engine) -> None:
+    """However long the last step is ago."""
+    engine.step_at(101)
+
+    assert engine.stalled_at(9999) == 0.0
+
+
+def test_a_stall_counts_from_the_first_request(engine: Engine) -> None:
+    """Not from the last step of an idle night before it."""
+    engine.step_at(101)
+    engine.stalled_at(5000)
+    engine.unfinished = 1
+
+    assert [engine.stalled_at(at) for at in (5001, 5004)] == [0.0, 3.0]
+
+
+@pytest.mark.parametrize("token", [True, False], ids=["a token", "a number that moved"])
+def test_progress_ends_a_stall(engine: Engine, token: bool) -> None:
+    """A long prompt gives no token for many steps, but each of them fills more of the cache."""
+    engine.unfinished = 1
+    engine.step_at(101, used=0.1)
+    assert [engine.stalled_at(at) for at in (101, 110)] == [0.0, 9.0]
+
+    engine.step_at(120, used=0.1 if token else 0.2, token=token)
+
+    assert engine.stalled_at(123) == pytest.approx(3.0)
+
+
+def test_a_loop_that_turns_without_scheduling_stalls(engine: Engine) -> None:
+    """The same numbers over and over, and no token: a scheduler's deadlock."""
+    engine.unfinished = 1
+    engine.step_at(100, running=0, waiting=1)
+    engine.stalled_at(100)
+    for at in range(101, 131):
+        engine.step_at(at, running=0, waiting=1)
+
+    assert engine.stalled_at(131) == pytest.approx(31.0)
+    assert engine.watch.waiting_for() == "1 requests unfinished; the scheduler last had 0 running, 1 waiting"
+
+
+def test_one_core_that_moves_does_not_hide_behind_another(engine: Engine) -> None:
+    """Each core has numbers of its own: two that alternate between the same ones do not look like movement."""
+    engine.unfinished = 2
+    stats = [SchedulerStats(num_running_reqs=number, kv_cache_usage=number / 10) for number in (1, 2)]
+    for at in (100.0, 101.0, 102.0):
+        engine.now = at
+        for core, each in enumerate(stats):
+            engine.watch.record(each, None, engine_idx=core)
+        engine.watch.stalled_for_s()
+
+    assert engine.stalled_at(110) == pytest.approx(10.0)
+
+
+def test_a_request_that_ends_ends_the_stall(engine: Engine) -> None:
+    """The next one begins to count anew."""
+    engine.unfinished = 1
+    engine.stalled_at(100)
+    engine.unfinished = 0
+    assert engine.stalled_at(160) == 0.0
+    engine.unfinished = 1
+
+    assert engine.stalled_at(161) == 0.0
+    assert engine.stalled_at(162) == pytest.approx(1.0)
