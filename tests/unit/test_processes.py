@@ -257,6 +257,27 @@ def test_shared_memory_is_found_and_removed() -> None:
         segment.unlink()
 
 
+def test_an_orphan_is_what_nobody_maps() -> None:
+    """Not what a living process maps, nor what was there before, nor what Python did not make."""
+    segment = shared_memory.SharedMemory(create=True, size=4096)
+    mapped = Path("/dev/shm") / segment.name
+    names = ("psm_llm_serve_test", "sem.mp-llm-serve-test", "psm_llm_serve_old", "llm-serve-other")
+    orphan, semaphore, old, other = paths = [Path("/dev/shm", name) for name in names]
+    try:
+        for path in paths:
+            path.touch()
+
+        found = processes.orphaned_shared_memory({old})
+
+        assert {orphan, semaphore} == found & {mapped, *paths}
+        assert {mapped, orphan, semaphore, old} == processes.shared_memory_of_python() & {mapped, *paths}
+        assert other not in processes.orphaned_shared_memory(())
+    finally:
+        processes.unlink_all(paths)
+        segment.close()
+        segment.unlink()
+
+
 @pytest.mark.parametrize(
     ("name", "is_so"),
     [

@@ -107,7 +107,6 @@ class Engine:
     folders: tuple[Path, ...]
     steps: StepWatch
     processes: list[psutil.Process] = field(default_factory=list)
-    shared_memory: frozenset[Path] = frozenset()
 
     @property
     def is_dead(self) -> bool:
@@ -138,7 +137,8 @@ class Factory:
         self._forked_with: Mapping[str, str] | None = None
         self._architectures: list[str] = []
         self._progressed_at = time.monotonic()
-        self._mapped: frozenset[Path] = frozenset()
+        self._there_before = processes.shared_memory_of_python()
+        self._noted: frozenset[Path] = frozenset()
         self.built = Effective()
         """What the last engine was built with, or was about to be."""
         self.device_memory_bytes: int | None = None
@@ -166,6 +166,7 @@ class Factory:
         self._collector.clear()
         self.built = Effective()
         self._progressed_at = time.monotonic()
+        self._there_before = await asyncio.to_thread(processes.shared_memory_of_python)
         self.prepare(plan, self._architectures)
         folders = self._make_folders(epoch)
         building = asyncio.create_task(asyncio.to_thread(self._build_in_thread, plan, epoch, folders))
@@ -193,9 +194,7 @@ class Factory:
         finally:
             watching.cancel()
         engine.processes = self._engine_processes()
-        engine.shared_memory = processes.shared_memory_of(engine.processes)
-        own = processes.shared_memory_of(self._own_processes())
-        self._leftovers.write_text("\n".join(map(str, engine.shared_memory | own)))
+        self._note_leftovers()
         return engine
 
     async def _too_slow(self, building: asyncio.Task[Engine], folders: tuple[Path, ...], **why: Any) -> StartError:
@@ -217,8 +216,7 @@ class Factory:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             after = await asyncio.to_thread(self.marks)
-            # A process that ends by itself takes with it the knowledge of what it had mapped.
-            self._mapped |= await asyncio.to_thread(processes.shared_memory_of, self._engine_processes())
+            await asyncio.to_thread(self._note_leftovers)
             if is_progress(before, after, _LOOK_EVERY_S):
                 self._progressed_at = time.monotonic()
             before = after
@@ -262,6 +260,14 @@ class Factory:
         steps.attach(llm.output_processor.get_num_unfinished_requests)
         return Engine(epoch, llm, args, (), folders, steps)
 
+    def _note_leftovers(self) -> None:
+        """Write down what is in /dev/shm now, for the next life, should this one end without a word."""
+        mapped = processes.shared_memory_of([*self._engine_processes(), *self._own_processes()])
+        if mapped != self._noted:
+            with contextlib.suppress(OSError):
+                self._leftovers.write_text("\n".join(map(str, mapped)))
+                self._noted = mapped
+
     async def kill(self, engine: Engine) -> None:
         """End an engine that is dead or stands still: nothing is asked, all requests hear of it, nothing is left."""
         await processes.kill_all([*self._engine_processes(), *engine.processes], timeout_s=_KILL_TIMEOUT_S)
@@ -279,7 +285,6 @@ class Factory:
     async def stop(self, engine: Engine) -> None:
         """End an engine, asked first, then killed; on return nothing of it is left."""
         living = self._engine_processes()
-        shared = engine.shared_memory | processes.shared_memory_of(living)
         if not engine.is_dead:
             if engine.llm.output_handler is not None:
                 engine.llm.output_handler.cancel()  # else it reports the end that we ask for as a death
@@ -290,8 +295,7 @@ class Factory:
         await processes.kill_all([*living, *engine.processes], timeout_s=_KILL_TIMEOUT_S)
         with contextlib.suppress(Exception):
             engine.llm.shutdown(0)
-        forkserver.forget(processes.unlink_all(shared))
-        _remove(engine.folders)
+        await self._sweep(engine.folders)
 
     def close(self) -> None:
         """End the fork server and let go of what this process itself has in /dev/shm. For the end of the daemon."""
@@ -320,11 +324,17 @@ class Factory:
         await self._clear(folders)
 
     async def _clear(self, folders: tuple[Path, ...]) -> None:
-        living = self._engine_processes()
-        shared = self._mapped | processes.shared_memory_of(living)
-        self._mapped = frozenset()
-        await processes.kill_all(living, timeout_s=_KILL_TIMEOUT_S)
-        forkserver.forget(processes.unlink_all(shared))
+        await processes.kill_all(self._engine_processes(), timeout_s=_KILL_TIMEOUT_S)
+        await self._sweep(folders)
+
+    async def _sweep(self, folders: tuple[Path, ...]) -> None:
+        """Remove what the processes of an engine, which are gone, have left.
+
+        Of /dev/shm that is what has come since its start and nobody maps any more. To ask its processes what they have
+        mapped is not enough: one that ends by itself is gone before it can be asked.
+        """
+        orphans = await asyncio.to_thread(processes.orphaned_shared_memory, self._there_before)
+        forkserver.forget(processes.unlink_all(orphans))
         _remove(folders)
 
     def _engine_processes(self) -> list[psutil.Process]:

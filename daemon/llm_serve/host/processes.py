@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ that others can read.
 """
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place itself, no temporary file
+_NAMES_OF_PYTHON = ("psm_", "sem.mp-")
+_SECOND_LOOK_S = 0.05
 
 
 def descendants(*, without: Iterable[int] = ()) -> list[psutil.Process]:
@@ -70,12 +73,44 @@ def shared_memory_of(processes: Iterable[psutil.Process]) -> frozenset[Path]:
 
     Found by inode: the C library makes a semaphore under another name first, which is what a map goes on showing.
     """
-    mapped: set[int] = set()
-    for process in processes:
-        with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
-            mapped |= {int(line.split()[4]) for line in maps.splitlines() if str(_SHARED_MEMORY) in line}
+    mapped = _mapped(process.pid for process in processes)
     return frozenset(path for path in _SHARED_MEMORY.iterdir() if _inode(path) in mapped) if mapped else frozenset()
+
+
+def shared_memory_of_python() -> frozenset[Path]:
+    """What Python's multiprocessing has put into /dev/shm for this user."""
+    found = set()
+    for path in _SHARED_MEMORY.iterdir():
+        with contextlib.suppress(OSError):
+            if path.name.startswith(_NAMES_OF_PYTHON) and path.stat().st_uid == os.geteuid():
+                found.add(path)
+    return frozenset(found)
+
+
+def orphaned_shared_memory(without: Collection[Path]) -> frozenset[Path]:
+    """What of it no process maps any more, but for the paths named.
+
+    Its maker maps it right after making it, so a second look, a moment later, decides.
+    """
+    orphans = _unmapped(shared_memory_of_python().difference(without))
+    if orphans:
+        time.sleep(_SECOND_LOOK_S)
+    return _unmapped(orphans)
+
+
+def _unmapped(paths: frozenset[Path]) -> frozenset[Path]:
+    mapped = _mapped(psutil.pids()) if paths else set()
+    return frozenset(path for path in paths if _inode(path) not in mapped)
+
+
+def _mapped(pids: Iterable[int]) -> set[int]:
+    """Inodes of files in /dev/shm that these processes have mapped."""
+    found: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+            found |= {int(line.split()[4]) for line in maps.splitlines() if str(_SHARED_MEMORY) in line}
+    return found
 
 
 def _inode(path: Path) -> int | None:
