@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Passage:
-    """One request's history. `replays` counts engines that died before its first output."""
+    """One request's history: `replays` counts engines that died under it, `resumes` those after its first output."""
 
     replays: int = 0
+    resumes: int = 0
     is_interrupted: bool = False
     is_poisoned: bool = False
 
@@ -25,6 +26,8 @@ class Passage:
             return "poisoned"
         if self.is_interrupted:
             return "interrupted"
+        if self.resumes:
+            return "resumed"
         return "replayed" if self.replays else "completed"
 
 

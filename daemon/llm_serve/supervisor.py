@@ -19,7 +19,7 @@ from llm_serve.core.evidence import Failure
 from llm_serve.core.fallbacks import AUTO_BACKENDS
 from llm_serve.core.machine import State
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.policy import Choices
+from llm_serve.core.policy import NO_REQUEST, Choices
 from llm_serve.core.progress import SERVING, Phase
 from llm_serve.core.settings import Settings
 from llm_serve.core.status import Snapshot
@@ -271,7 +271,10 @@ class Supervisor:
         postmortem = self._host.postmortem
 
         async def bury() -> None:
-            self._failed(epoch, await explain(postmortem, engine))
+            failure = await explain(postmortem, engine)
+            if self._survivor is not None:
+                self._survivor.explain(may_be_a_request=failure.kind not in NO_REQUEST)
+            self._failed(epoch, failure)
 
         self._burying = self._spawn(bury())
 

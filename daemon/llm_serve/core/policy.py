@@ -64,6 +64,9 @@ RESPONSES: dict[Kind, tuple[Response, ...]] = {
 REFUSED = frozenset(kind for kind, responses in RESPONSES.items() if responses == (_REFUSE,))
 """Kinds for which a plan that has not served yet is never tried again."""
 
+NO_REQUEST = frozenset({Kind.killed, Kind.device_lost, Kind.driver_not_ready, Kind.memory_held, Kind.host_limit})
+"""Kinds of death that no request can cause; after any other, one that was in flight may be the cause."""
+
 _WAYS = frozenset({Kind.attention_backend, Kind.flashinfer, Kind.compilation, Kind.graph_capture})
 """Ways of computing: when none is left, only a person can find another."""
 

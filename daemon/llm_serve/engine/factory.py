@@ -234,7 +234,7 @@ class Factory:
         self._collector.phase = IMPORTING
         with forkserver.environment(engine_environment(plan) | private):
             import_vllm()
-            from llm_serve.engine import arguments, effective
+            from llm_serve.engine import arguments, effective, forced
             from llm_serve.engine.steps import StepWatch
 
             args = arguments.parse_plan(plan, source=source, text=text)
@@ -247,6 +247,7 @@ class Factory:
             engine_args, config = arguments.engine_config(args, source=source, text=text)
             self.built = effective.effective(config, self.device_memory_bytes)
             arguments.check_model(args, source=source, text=text)
+            forced.install(config)
             forkserver.install()
             self._collector.phase = LAUNCHING
             steps = StepWatch()

@@ -1,25 +1,35 @@
 """The EngineClient that vLLM's handlers see: it outlives the engines behind it.
 
-Front ends know an engine only through `bind`, `unbind` and `epoch`. A request waits while no engine is bound,
-is run again from the start when its engine dies before the first output, and ends with `EngineRestarted`
-after that.
+Front ends know an engine only through `bind`, `unbind` and `epoch`. A request waits while no engine is bound, is run
+again from the start when its engine dies before anything was delivered, and is gone on with after that.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from vllm.engine.protocol import EngineClient
-from vllm.exceptions import GenerationError
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.exceptions import GenerationError, VLLMValidationError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from llm_serve import passage
+from llm_serve.core.suspects import Suspects
+from llm_serve.engine import resume
+from llm_serve.engine.delivered import Delivered
+from llm_serve.engine.resume import Asked, CannotResumeError
+from llm_serve.host.logs import get_logger
 
-_DEATHS_TO_REFUSE = 2
+_BAN_S = 600.0
+Ask = Callable[[Any, str], AsyncGenerator[Any, None]]
+"""Asks an engine under a name that is new to it."""
 
 
 class EngineRestarted(GenerationError):  # type: ignore[misc]  # noqa: N818 - an event in the life of a request; nobody's mistake
@@ -31,11 +41,12 @@ class EngineRestarted(GenerationError):  # type: ignore[misc]  # noqa: N818 - an
 
 
 class RequestKillsEngine(GenerationError):  # type: ignore[misc]  # noqa: N818 - as its code
-    """This request was in flight at two deaths. A third engine is not given to it."""
+    """This request was in flight at two deaths, once with nobody else. A third engine is not given to it."""
 
     def __init__(self) -> None:
         super().__init__(
-            "request_kills_engine: two engines died while they worked on this request; it is not tried again."
+            "request_kills_engine: two engines died while they worked on this request. It is not tried again, and "
+            f"refused for {_BAN_S / 60:.0f} minutes."
         )
         self.status_code = HTTPStatus.INTERNAL_SERVER_ERROR
 
@@ -52,6 +63,10 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
         self._llm: Any = None
         self._is_bound = asyncio.Event()
         self._ended: EngineRestarted | None = None
+        self._suspects = Suspects()
+        self._news = asyncio.Event()
+        self._waiting = 0
+        self._longest = 0
 
     def attach(self, llm: Any) -> None:
         """Show handlers this engine's configuration and tokenizer, before any request is sent to it."""
@@ -60,11 +75,19 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
     def bind(self, llm: Any, epoch: int) -> None:
         """Send requests, waiting ones first, to this engine."""
         self._llm, self.epoch = llm, epoch
+        self._longest = max(self._longest, llm.model_config.max_model_len)
+        self._suspects.verdict(may_be_a_request=False)  # of an engine that was ended in good order
         self._is_bound.set()
+        self._tell()
 
     def unbind(self) -> None:
         """Let requests wait. The last engine's tokenizer and configuration stay in use until the next."""
         self._is_bound.clear()
+        self._suspects.engine_lost(time.monotonic())
+
+    def explain(self, *, may_be_a_request: bool) -> None:
+        """Why the engine that was unbound has ended: may one of its requests have done it?"""
+        self._suspects.verdict(may_be_a_request=may_be_a_request)
 
     def end(self, why: str) -> None:
         """End every request, in flight and waiting, with an error that says why. No engine will follow."""
@@ -72,6 +95,12 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
         if self._llm is not None:
             self._llm.output_processor.propagate_error(self._ended)
         self._is_bound.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Wake everybody who waits for a turn."""
+        self._news.set()
+        self._news = asyncio.Event()
 
     async def _engine(self) -> Any:
         await self._is_bound.wait()
@@ -104,46 +133,120 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
             raise self._ended
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncGenerator[Any, None]:
-        """Tokens from the engine of the moment, or from the next one if it dies before the first output."""
-        return self._run(lambda llm, name: llm.generate(prompt, sampling_params, name, **options), request_id)
+        """Tokens from the engine of the moment, and from the next ones if it dies."""
+        asked, delivered = Asked(prompt, sampling_params, request_id, options), Delivered()
+
+        def ask(llm: Any, name: str) -> AsyncGenerator[Any, None]:
+            if delivered.first is not None:
+                passage.here().resumes += 1
+                return resume.go_on(llm, asked, delivered, name)
+            self._check_length(asked, llm)
+            return llm.generate(prompt, sampling_params, name, **options)  # type: ignore[no-any-return]
+
+        return self._run(ask, request_id, prompt, sampling_params, delivered if asked.is_streamed else None)
 
     def encode(
         self, prompt: Any, pooling_params: Any, request_id: str, *rest: Any, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        """Embeddings and the like; see `generate`."""
-        return self._run(lambda llm, name: llm.encode(prompt, pooling_params, name, *rest, **options), request_id)
+        """Embeddings and the like; see `generate`. They are delivered whole, so there is nothing to go on with."""
 
-    async def _run(
-        self, ask: Callable[[Any, str], AsyncGenerator[Any, None]], request_id: str
+        def ask(llm: Any, name: str) -> AsyncGenerator[Any, None]:
+            return llm.encode(prompt, pooling_params, name, *rest, **options)  # type: ignore[no-any-return]
+
+        return self._run(ask, request_id, prompt, pooling_params, None)
+
+    async def _run(  # the parts of one request
+        self, ask: Ask, request_id: str, prompt: Any, params: Any, delivered: Delivered | None
     ) -> AsyncGenerator[Any, None]:
+        """Ask one engine after another until the answer is complete."""
         attempt, journey = 0, passage.here()
-        while True:
-            llm, epoch = await self._engine(), self.epoch
-            is_delivered = False
-            try:
-                async for output in ask(llm, f"{request_id}-a{attempt}" if attempt else request_id):
-                    if attempt:
+        with self._entered(request_id, prompt, params) as name:
+            while True:
+                llm, epoch = await self._turn(name, journey), self.epoch
+                try:
+                    async for output in ask(llm, f"{request_id}-a{attempt}" if attempt else request_id):
                         output.request_id = request_id
-                    is_delivered = True
-                    yield output
-                return
-            except EngineDeadError as error:
-                if self._ended is not None:
-                    journey.is_interrupted = True
-                    raise self._ended from error
-                self._lost(epoch)
-                if is_delivered:
-                    journey.is_interrupted = True
-                    raise EngineRestarted("the engine died during this answer") from error
-                attempt = journey.replays = attempt + 1
-                if attempt == _DEATHS_TO_REFUSE:
-                    journey.is_poisoned = True
-                    raise RequestKillsEngine from error
-            except Exception as error:
-                if self._ended is not None:
-                    journey.is_interrupted = True
-                    raise self._ended from error
-                raise
+                        if delivered is not None:
+                            delivered.add(output)
+                        yield output
+                    return
+                except (EngineDeadError, EngineGenerateError) as error:
+                    if isinstance(error, EngineGenerateError) and not llm.errored and self._ended is None:
+                        raise
+                    self._may_go_on(error, journey)
+                    self._lost(epoch)
+                    if not resume.is_repeatable(prompt):
+                        raise self._cut(journey, "the engine died, and this prompt cannot be sent twice") from error
+                    attempt = journey.replays = attempt + 1
+                except CannotResumeError as error:
+                    raise self._cut(journey, f"the engine died, and {error}") from error
+                except Exception as error:
+                    self._may_go_on(error, journey)
+                    raise
+
+    @contextmanager
+    def _entered(self, request_id: str, prompt: Any, params: Any) -> Iterator[_Name]:
+        """Keep the books on one request, from here to its end. Raises RequestKillsEngine for one that is known."""
+        name = _Name(request_id, prompt, params)
+        if self._suspects.has_banned and self._suspects.is_banned(name.fingerprint(), time.monotonic()):
+            passage.here().is_poisoned = True
+            raise RequestKillsEngine
+        self._suspects.enter(name)
+        try:
+            yield name
+        finally:
+            self._suspects.leave(name)
+            if self._waiting:
+                self._tell()
+
+    async def _turn(self, name: _Name, journey: passage.Passage) -> Any:
+        """Wait until there is an engine, and no suspect that has to be alone with it. Returns the engine."""
+        while True:
+            if self._ended is not None:
+                journey.is_interrupted = True
+                raise self._ended
+            if self._suspects.is_guilty(name):
+                self._suspects.ban(name.fingerprint(), time.monotonic() + _BAN_S)
+                journey.is_poisoned = True
+                get_logger().error("a request has killed engines, and is refused", request_id=name.request_id)
+                raise RequestKillsEngine
+            if self._is_bound.is_set() and self._suspects.may_run(name):
+                break
+            self._waiting += 1
+            try:
+                await self._news.wait()
+            finally:
+                self._waiting -= 1
+        if name == self._suspects.next_suspect:
+            get_logger().warning("a suspected request runs alone", request_id=name.request_id)
+            asyncio.get_running_loop().call_later(self._suspects.trial_s(name), self._clear, name)
+        self._suspects.give(name, time.monotonic())
+        return self._llm
+
+    def _clear(self, name: _Name) -> None:
+        self._suspects.clear(name)
+        self._tell()
+
+    def _may_go_on(self, error: Exception, journey: passage.Passage) -> None:
+        """Raise the last word to all requests, if it has been spoken."""
+        if self._ended is not None:
+            journey.is_interrupted = True
+            raise self._ended from error
+
+    def _cut(self, journey: passage.Passage, why: str) -> EngineRestarted:
+        journey.is_interrupted = True
+        return EngineRestarted(why)
+
+    def _check_length(self, asked: Asked, llm: Any) -> None:
+        """Refuse a prompt that was short enough when it was accepted, with the reason for what has changed."""
+        limit, tokens = int(llm.model_config.max_model_len), asked.prompt_tokens
+        if tokens is not None and limit <= len(tokens) < self._longest:
+            raise VLLMValidationError(
+                f"This model's maximum context length is {limit} tokens since its engine was restarted with a smaller "
+                f"plan (before: {self._longest}). The prompt has {len(tokens)} tokens; please shorten it.",
+                parameter="input_tokens",
+                value=len(tokens),
+            )
 
     def _lost(self, epoch: int) -> None:
         if epoch == self.epoch and self._is_bound.is_set() and self._ended is None:
@@ -152,6 +255,22 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing: the supervisor ends engines."""
+
+
+class _Name:
+    """One request, as itself: two with the same id are two."""
+
+    def __init__(self, request_id: str, prompt: Any, params: Any) -> None:
+        self.request_id, self._prompt, self._params = request_id, prompt, params
+
+    def fingerprint(self) -> str:
+        """The same for the same request sent again: prompt and parameters, but for what only makes it another try."""
+        prompt = self._prompt.get("prompt_token_ids") if isinstance(self._prompt, dict) else self._prompt
+        params = {**msgspec.structs.asdict(self._params), **_ANOTHER_TRY}
+        return hashlib.sha256(repr((prompt, sorted(params.items()))).encode()).hexdigest()
+
+
+_ANOTHER_TRY = {"seed": None, "output_kind": None, "skip_clone": None}
 
 
 def _delegate(name: str, *, is_async: bool) -> Callable[..., Any]:

@@ -1,0 +1,128 @@
+"""Engines are killed under requests of every kind: each is answered as if nothing had happened, or told what did."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.daemon import Daemon
+from tests.faults.conftest import Watch
+from tests.faults.mixed import CATALOG, Ask, Got
+from tests.faults.test_engine import engine_processes
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
+TABLES: Mapping[str, Mapping[str, Any]] = {
+    "server": {"anthropic_messages": True},
+    "engine": {
+        "max_num_seqs": 32, "tool_call_parser": "hermes", "enable_auto_tool_choice": True,
+        "kv_cache_memory_bytes": 1 << 30,
+    },
+    "recovery": {"restart_limit": 100},
+}  # fmt: skip
+KILLS = int(os.environ.get("LLM_SERVE_KILLS", "3"))
+STREAMS = 32
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, Got]:
+    """What each request gets when nothing fails; filled by the first test."""
+    return {}
+
+
+def ask_all(daemon: Daemon, undisturbed: dict[str, Got]) -> None:
+    """One request after another, once each."""
+    for name, ask in CATALOG.items():
+        undisturbed[name] = ask(daemon.url)
+
+
+@pytest.mark.row("2a", "one kill in the middle of each kind of request")
+def test_each_kind_goes_on_after_a_kill(
+    daemon: Callable[..., Daemon], watch: Watch, undisturbed: dict[str, Got]
+) -> None:
+    """The same text, reasons, usage and tokens as without the kill, for each kind by itself."""
+    serving = daemon(TABLES).wait_ready()
+    ask_all(serving, undisturbed)
+    wrong: dict[str, Any] = {}
+    for name, ask in CATALOG.items():
+        asked = serving.later(lambda ask=ask: ask(serving.url))  # type: ignore[misc]
+        time.sleep(0.8)
+        victim = engine_processes(serving)[0]
+        victim.send_signal(signal.SIGKILL)
+        try:
+            got = asked.result(120)
+        except Exception as error:  # noqa: BLE001 - a result like others, to be shown with its name
+            got = {"error": repr(error)}
+        if got != undisturbed[name]:
+            wrong[name] = {"got": got, "undisturbed": undisturbed[name]}
+        serving.wait_ready()
+    watch.note(serving)
+    outcomes = {
+        line.split('"')[1]: float(line.split()[-1])
+        for line in serving.http.get("/metrics").text.splitlines()
+        if line.startswith("llm_serve_requests_total")
+    }
+    watch.figure(kinds=len(CATALOG), wrong=len(wrong), **{key: value for key, value in outcomes.items() if value})
+    assert {} == wrong
+
+
+@pytest.mark.row("2b", f"{KILLS} kills at random moments, {STREAMS} mixed requests at a time")
+def test_kills_at_random_moments(daemon: Callable[..., Daemon], watch: Watch, undisturbed: dict[str, Got]) -> None:
+    """Every request is answered, and each greedy one as without the kills; none is cut in silence."""
+    serving = daemon(TABLES).wait_ready()
+    if not undisturbed:
+        ask_all(serving, undisturbed)
+    chance, is_over = random.Random(4), threading.Event()
+    ended: Counter[str] = Counter()
+    different: dict[str, Any] = {}
+
+    def client(number: int) -> None:
+        turn = number
+        while not is_over.is_set():
+            name, ask = list(CATALOG.items())[turn % len(CATALOG)]
+            turn += 1
+            ended[_outcome(serving, name, ask, undisturbed, different)] += 1
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        clients = [pool.submit(client, number) for number in range(STREAMS)]
+        gaps = [_kill(serving, chance) for _ in range(KILLS)]
+        is_over.set()
+    for each in clients:
+        each.result()
+
+    watch.note(serving)
+    watch.figure(kills=KILLS, **dict(ended), longest_gap_s=round(max(gaps), 1))
+    assert {"completed"} == set(ended), different
+
+
+def _outcome(daemon: Daemon, name: str, ask: Ask, undisturbed: dict[str, Got], different: dict[str, Any]) -> str:
+    try:
+        got = ask(daemon.url)
+    except openai.APIError as error:
+        different[f"{name}: error"] = repr(error)
+        return "error"
+    if got != undisturbed[name]:
+        different[name] = {"got": got, "undisturbed": undisturbed[name]}
+        return "different"
+    return "completed"
+
+
+def _kill(daemon: Daemon, chance: random.Random) -> float:
+    """Kill EngineCore or its worker at some moment; the seconds until the engine was back."""
+    time.sleep(chance.uniform(1, 6))
+    victims: list[psutil.Process] = engine_processes(daemon)
+    began = time.monotonic()
+    chance.choice(victims).send_signal(signal.SIGKILL)
+    time.sleep(0.5)
+    daemon.wait_ready()
+    return time.monotonic() - began
