@@ -22,6 +22,7 @@ _SCHEMA = {
     "additionalProperties": False,
 }
 _TOOL = {"type": "function", "function": {"name": "look_up", "description": "Look a city up.", "parameters": _SCHEMA}}
+_DRAWN = {"temperature": 0.9, "seed": 7}
 _EMOJI = "😀 😃 😄 😁 😆 😀 😃 😄 😁 😆 😀 😃 😄 😁 😆 😀 😃"
 
 
@@ -79,10 +80,8 @@ def message(content: str) -> Ask:
 
     def ask(url: str) -> Got:
         client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=300)
-        said = [{"role": "user", "content": content}]
-        with client.messages.stream(
-            model=MODEL_NAME, messages=said, max_tokens=96, extra_body={"temperature": 0}
-        ) as stream:  # type: ignore[arg-type]
+        body: Any = {"model": MODEL_NAME, "messages": [{"role": "user", "content": content}], "max_tokens": 96}
+        with client.messages.stream(**body, extra_body={"temperature": 0}) as stream:
             final = stream.get_final_message()
         text = "".join(block.text for block in final.content if block.type == "text")
         return {"text": text, "reason": final.stop_reason, "usage": final.usage.output_tokens}
@@ -151,7 +150,7 @@ CATALOG: Mapping[str, Ask] = {
     "chat with a stop string": chat("Count from one to thirty in words.", stream=True, stop=["nineteen", "\n\n\n"]),
     "chat with penalties": chat("Write a poem.", stream=True, presence_penalty=0.8, frequency_penalty=0.4),
     "chat with bad words": chat("Write about the sea.", stream=True, **_more(bad_words=["sea", "ocean"])),
-    "chat with a seed": chat("Invent a name.", stream=True, seed=7, temperature=1.0),
+    "chat with a seed": chat("Invent a name.", stream=True, **_DRAWN),
     "JSON schema": chat(
         "Describe Paris.", stream=True,
         response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA, "strict": True}},
@@ -161,15 +160,15 @@ CATALOG: Mapping[str, Ask] = {
         response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA, "strict": True}},
     ),
     "a tool": chat("Look Paris up.", stream=True, tools=[_TOOL], tool_choice="required"),
-    "two choices": chat("Say something about the moon.", stream=True, n=2),
-    "three choices, whole": completion("The moon is", stream=False, n=3),
+    "two choices": chat("Say something about the moon.", stream=True, n=2, **_DRAWN),
+    "three choices, whole": completion("The moon is", stream=False, n=3, **_DRAWN),
     "completion": completion("Once upon a time", stream=False),
     "completion streamed": completion("Once upon a time", stream=True, max_tokens=160),
     "completion with logprobs": completion("One, two, three,", stream=True, logprobs=3),
     "completion with emoji": completion(_EMOJI, stream=True, **_more(ignore_eos=True)),
     "completion with least tokens": completion("The end.", stream=True, **_more(min_tokens=64)),
-    "two prompts' choices": completion("A list:", stream=True, n=2, presence_penalty=0.5),
+    "two choices with a penalty": completion("A list:", stream=True, n=2, presence_penalty=0.5, **_DRAWN),
     "response": response("Tell me about Rome."),
     "message": message("Tell me about Athens."),
 }  # fmt: skip
-"""All greedy, so that two runs of one give the same; the one with a seed draws."""
+"""Greedy or with a seed, so that two runs of one give the same."""
