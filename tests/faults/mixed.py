@@ -22,7 +22,7 @@ _SCHEMA = {
     "additionalProperties": False,
 }
 _TOOL = {"type": "function", "function": {"name": "look_up", "description": "Look a city up.", "parameters": _SCHEMA}}
-_DRAWN = {"temperature": 0.9, "seed": 7}
+_DRAWN: Mapping[str, Any] = {"temperature": 0.9, "seed": 7}
 _EMOJI = "😀 😃 😄 😁 😆 😀 😃 😄 😁 😆 😀 😃 😄 😁 😆 😀 😃"
 
 
