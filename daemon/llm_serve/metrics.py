@@ -93,6 +93,16 @@ class Continuous:
         self._inner = inner
         self._last: dict[_Series, float] = {}
         self._before: dict[_Series, float] = {}
+        self._twice: dict[str, float] = {}
+
+    def counted_before(self, family: str, amount: float) -> None:
+        """So much of what this engine is about to count in `family`, the last one has counted already."""
+        self._twice[family] = self._twice.get(family, 0.0) + amount
+
+    def engine_ended(self) -> None:
+        """Take note of all values as they are now, the last that this engine has counted."""
+        self.observe()
+        self._twice.clear()
 
     def collect(self) -> Iterator[Metric]:
         """The families of the inner registry, with vLLM's counters and histograms carried on."""
@@ -111,8 +121,19 @@ class Continuous:
         """One value that is smaller than before means that all of the family began anew."""
         if any(sample.value < self._last.get(_series(sample), 0.0) for sample in family.samples):
             for series in map(_series, family.samples):
-                self._before[series] = self._before.get(series, 0.0) + self._last.get(series, 0.0)
+                self._before[series] = self._before.get(series, 0.0) + self._last.pop(series, 0.0)
+        if self._twice.get(family.name):
+            self._leave_out(family)
         self._last |= {_series(sample): sample.value for sample in family.samples}
+
+    def _leave_out(self, family: Metric) -> None:
+        """Take what is counted twice out of what has been added since the last look; the sum never falls."""
+        for sample in family.samples:
+            series = _series(sample)
+            added = sample.value - self._last.get(series, 0.0)
+            twice = min(added, self._twice[family.name]) if sample.name == f"{family.name}_total" else 0.0
+            self._before[series] = self._before.get(series, 0.0) - twice
+            self._twice[family.name] -= twice
 
     def _carried_on(self, sample: Sample) -> Sample:
         return sample._replace(value=sample.value + self._before.get(_series(sample), 0.0))

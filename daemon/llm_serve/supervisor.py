@@ -264,7 +264,7 @@ class Supervisor:
         if self._engine is None or self._engine.epoch != epoch or self._host is None:
             return
         engine, self._engine = self._engine, None
-        metrics.continuous.observe()
+        metrics.continuous.engine_ended()
         if self._survivor is not None:
             self._survivor.unbind()
         self._events.put_nowait(machine.EngineLost(epoch))
@@ -284,7 +284,7 @@ class Supervisor:
         if engine is not None:
             self._survivor.unbind()
             await self._wait_for_answers(gate, self._instance.settings.server.drain_timeout_s)
-            metrics.continuous.observe()
+            metrics.continuous.engine_ended()
             await self._factory.stop(engine)
         self._events.put_nowait(machine.EngineRetired(epoch))
 

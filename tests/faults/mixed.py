@@ -38,8 +38,9 @@ def chat(content: str, *, stream: bool, max_tokens: int = 96, **options: Any) ->
         body |= {"max_tokens": max_tokens, "stream": stream} | options
         if stream:
             body["stream_options"] = {"include_usage": True}
-        answer = _client(url).chat.completions.create(**body)  # type: ignore[call-overload]
-        return _chat_chunks(answer) if stream else _whole(answer)
+        with _client(url) as client:
+            answer = client.chat.completions.create(**body)  # type: ignore[call-overload]
+            return _chat_chunks(answer) if stream else _whole(answer)
 
     return ask
 
@@ -51,8 +52,9 @@ def completion(prompt: str, *, stream: bool, max_tokens: int = 96, **options: An
         body = {"model": MODEL_NAME, "prompt": prompt, "temperature": 0, "max_tokens": max_tokens, "stream": stream}
         if stream:
             body["stream_options"] = {"include_usage": True}
-        answer = _client(url).completions.create(**body | options)  # type: ignore[call-overload]
-        return _completion_chunks(answer) if stream else _whole(answer)
+        with _client(url) as client:
+            answer = client.completions.create(**body | options)  # type: ignore[call-overload]
+            return _completion_chunks(answer) if stream else _whole(answer)
 
     return ask
 
@@ -61,15 +63,16 @@ def response(content: str) -> Ask:
     """One streamed answer of the responses API."""
 
     def ask(url: str) -> Got:
-        events = _client(url).responses.create(
-            model=MODEL_NAME, input=content, temperature=0, max_output_tokens=96, stream=True
-        )
         text, usage = "", None
-        for event in events:
-            if event.type == "response.output_text.delta":
-                text += event.delta
-            elif event.type in {"response.completed", "response.incomplete"}:
-                usage = event.response.usage and (event.response.usage.input_tokens, event.response.usage.output_tokens)
+        with _client(url) as client:
+            events = client.responses.create(
+                model=MODEL_NAME, input=content, temperature=0, max_output_tokens=96, stream=True
+            )
+            for event in events:
+                if event.type == "response.output_text.delta":
+                    text += event.delta
+                elif event.type in {"response.completed", "response.incomplete"} and event.response.usage:
+                    usage = event.response.usage.input_tokens, event.response.usage.output_tokens
         return {"text": text, "usage": usage}
 
     return ask
@@ -79,9 +82,11 @@ def message(content: str) -> Ask:
     """One streamed answer of Anthropic's API."""
 
     def ask(url: str) -> Got:
-        client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=300)
         body: Any = {"model": MODEL_NAME, "messages": [{"role": "user", "content": content}], "max_tokens": 96}
-        with client.messages.stream(**body, extra_body={"temperature": 0}) as stream:
+        with (
+            anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=300) as client,
+            client.messages.stream(**body, extra_body={"temperature": 0}) as stream,
+        ):
             final = stream.get_final_message()
         text = "".join(block.text for block in final.content if block.type == "text")
         return {"text": text, "reason": final.stop_reason, "usage": final.usage.output_tokens}

@@ -137,3 +137,35 @@ def test_counters_of_an_engine_go_on_where_the_last_one_ended() -> None:
     assert (0.75, 2) == (after["vllm:latency_sum"], after["vllm:latency_count"])
     assert 2 == after["vllm:running"]
     assert after == values()
+
+
+def test_what_two_engines_count_is_counted_once() -> None:
+    """A prompt that a second engine reads again is left out of the sum, which never falls; a third begins anew."""
+    inner = CollectorRegistry()
+    shown = metrics.Continuous(inner)
+
+    def engine() -> Counter:
+        return Counter("vllm:tokens", "t", ["model"], registry=inner)
+
+    def total() -> float:
+        return next(sample.value for each in shown.collect() for sample in each.samples)
+
+    first = engine()
+    first.labels("m").inc(100)
+    assert 100 == total()
+    shown.engine_ended()
+    inner.unregister(first)
+    second = engine()
+    second.labels("m").inc(0)
+    shown.counted_before("vllm:tokens", 30)
+    seen = []
+    for more in (0, 20, 20, 5):
+        second.labels("m").inc(more)
+        seen.append(total())
+    assert [100, 100, 110, 115] == seen
+
+    shown.counted_before("vllm:tokens", 50)
+    shown.engine_ended()
+    inner.unregister(second)
+    engine().labels("m").inc(10)
+    assert 125 == total()

@@ -21,6 +21,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from llm_serve.engine import forced
 from llm_serve.engine.delivered import Delivered, Line
 from llm_serve.host.logs import get_logger
+from llm_serve.metrics import continuous
 
 _GREEDY = 1e-5
 Outputs = AsyncGenerator[Any, None]
@@ -144,6 +145,7 @@ async def _continued(llm: Any, asked: Asked, line: Line) -> Outputs:
     generator = llm.generate(_longer(asked.prompt, line.tokens), _shorter(asked.params, done), asked.request_id,
                              **asked.options)  # fmt: skip
     base = line.cumulative_logprob
+    continuous.counted_before("vllm:prompt_tokens", len(asked.prompt_tokens or ()) + done)
     try:
         async for output in generator:
             part = output.outputs[0]
@@ -204,6 +206,8 @@ async def _repeated(llm: Any, asked: Asked, line: Line) -> Outputs:
     params = asked.params.clone()
     params.extra_args = {**(params.extra_args or {}), forced.KEY: list(line.tokens)}
     tokens = chars = 0
+    continuous.counted_before("vllm:prompt_tokens", len(asked.prompt_tokens or ()))
+    continuous.counted_before("vllm:generation_tokens", len(line.tokens))
     async for output in llm.generate(asked.prompt, params, asked.request_id, **asked.options):
         part = output.outputs[0]
         known = line.tokens[tokens : tokens + len(part.token_ids)]
