@@ -54,6 +54,7 @@ format: dev ## let ruff rewrite the layout
 bench: dev ## measure against vLLM's own server: start, load, memory, idle CPU (15 min.)
 	@$(BIN)/python -m tests.bench.bench_decode $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_serve $(BENCH_ARGS)
+	@$(BIN)/python -m tests.bench.bench_survivor $(BENCH_ARGS)
 
 lock: dev ## resolve the locks anew (packaging/locks/README.md)
 	@$(BIN)/python packaging/lock --uv $(BIN)/uv

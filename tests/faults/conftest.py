@@ -30,10 +30,10 @@ class Fault:
         here, daemon = str(_INJECT), str(Path(__file__).parents[2] / "daemon")
         return {"LLM_SERVE_FAULT_FILE": str(self._file), "PYTHONPATH": f"{here}:{daemon}"}
 
-    def arm(self, at: str, do: str, *, times: int = 1, after: int = 0) -> None:
-        """From now on `at` does this, so many times, once it was passed so often."""
+    def arm(self, at: str, do: str, *, times: int = 1, after: int = 0, token: int | None = None) -> None:
+        """From now on `at` does this, so many times, once it was passed so often; with `token`, for such prompts only."""
         self.made_file.unlink(missing_ok=True)
-        self._file.write_text(json.dumps({"at": at, "do": do, "times": times, "after": after}))
+        self._file.write_text(json.dumps({"at": at, "do": do, "times": times, "after": after, "token": token}))
 
     def disarm(self) -> None:
         """Nothing more happens."""

@@ -402,23 +402,3 @@ def test_descriptors_run_out(daemon: MakeDaemon, watch: Watch) -> None:
 def _is_serving(daemon: Daemon, epoch: int) -> bool:
     status = daemon.status()
     return bool(status["epoch"] == epoch and status["state"] == "serving")
-
-
-@pytest.mark.row("36", "poison request")
-def test_a_poison_request_is_refused_and_changes_no_plan(daemon: MakeDaemon, watch: Watch) -> None:
-    """After two deaths with it in flight it is refused; settings are untouched.
-
-    The deaths are SIGKILLs by this test: no request is known that kills this engine.
-    """
-    serving = daemon().wait_ready()
-    asked = serving.later(lambda: serving.chat("one two three " * 600, max_tokens=1))
-    for epoch in (2, 3):
-        os.kill(engine_core(serving), signal.SIGKILL)
-        serving.wait_until(lambda _, epoch=epoch: _is_serving(serving, epoch), within_s=60)  # type: ignore[misc]
-
-    refused = asked.result(60)
-
-    assert (500, True) == (refused.status_code, "request_kills_engine" in refused.text)
-    watch.note(serving)
-    assert 0 == serving.status()["rung"]
-    watch.figure(deaths=2)

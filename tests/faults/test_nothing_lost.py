@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
 
-from tests.daemon import Daemon
-from tests.faults.conftest import Watch
+from tests.daemon import MODEL_NAME, Daemon, Later, Stream
+from tests.faults.conftest import Fault, Watch
 from tests.faults.mixed import CATALOG, Ask, Got
 from tests.faults.test_engine import engine_processes
 
@@ -126,3 +127,61 @@ def _kill(daemon: Daemon, chance: random.Random) -> float:
     time.sleep(0.5)
     daemon.wait_ready()
     return time.monotonic() - began
+
+
+POISON = 40_000
+"""A token of the vocabulary that no other prompt here has. That it kills is injected: no request is known that does."""
+
+
+def _poison(daemon: Daemon) -> httpx.Response:
+    body = {"model": MODEL_NAME, "prompt": [1, 2, POISON, 3], "max_tokens": 8}
+    return daemon.http.post("/v1/completions", json=body, timeout=200)
+
+
+def _is_refused(answer: httpx.Response) -> bool:
+    return (500, True) == (answer.status_code, "request_kills_engine" in answer.text)
+
+
+@pytest.mark.row("36", "poison request, alone")
+def test_a_poison_request_is_refused_and_changes_no_plan(
+    daemon: Callable[..., Daemon], watch: Watch, fault: Fault
+) -> None:
+    """After two deaths with nobody else in flight it is refused, now and when it comes again; settings are untouched."""
+    serving = daemon(environ=fault.environ).wait_ready()
+    fault.arm("execute_model", "abort", times=99, token=POISON)
+
+    assert _is_refused(_poison(serving))
+    serving.wait_ready()
+    began = time.monotonic()
+    assert _is_refused(_poison(serving))
+    again_s = time.monotonic() - began
+
+    assert 200 == serving.chat().status_code
+    watch.note(serving)
+    watch.figure(deaths=fault.made, again_ms=round(1000 * again_s))
+    assert (2, 0) == (fault.made, serving.status()["rung"])
+    assert again_s < 1.0
+
+
+@pytest.mark.row("36b", "poison request in company")
+def test_the_company_of_a_poison_request_is_answered(daemon: Callable[..., Daemon], watch: Watch, fault: Fault) -> None:
+    """Who was in flight at two deaths runs alone: the poison is found by that, and everybody else is answered."""
+    serving = daemon({"engine": {"max_num_seqs": 32}}, environ=fault.environ).wait_ready()
+    streams = [Stream(serving.url, 150) for _ in range(6)]
+    for stream in streams:
+        stream.wait_for_tokens(2)
+    fault.arm("execute_model", "abort", times=99, token=POISON)
+    poison: Later = serving.later(lambda: _poison(serving))
+    watch.begin()
+
+    assert _is_refused(poison.result(200))
+    for stream in streams:
+        stream.wait(200)
+
+    serving.wait_ready()
+    watch.serving(serving)
+    watch.figure(deaths=fault.made)
+    assert [["length"]] * 6 == [stream.finish_reasons for stream in streams]
+    assert [[]] * 6 == [stream.errors for stream in streams]
+    assert 1 == len({"".join(event["choices"][0]["text"] for event in stream.events) for stream in streams})
+    assert (3, 0) == (fault.made, serving.status()["rung"])

@@ -1,7 +1,8 @@
 """Makes vLLM fail on cue, for faults that nothing real causes on a CPU.
 
 Python runs this in every process that has this folder on its PYTHONPATH. LLM_SERVE_FAULT_FILE names a JSON file that
-is read at each of the functions below: {"at": "execute_model", "do": "oom", "times": 1, "after": 0}. Each time a fault
+is read at each of the functions below: {"at": "execute_model", "do": "oom", "times": 1, "after": 0, "token": null}. With
+a token, only a batch that brings a prompt with it is meant: a request that kills. Each time a fault
 is made, a line is added to that file's name + ".made": a test looks there whether its fault has really happened.
 """
 
@@ -57,12 +58,18 @@ _DO: dict[str, Callable[[], None]] = {
 }
 
 
-def _fault(name: str) -> None:
+def _brings(token: int, scheduled: Any) -> bool:
+    """True when one of the batch's new requests has this token in its prompt."""
+    return any(token in (new.prompt_token_ids or ()) for new in scheduled.scheduled_new_reqs)
+
+
+def _fault(name: str, args: tuple[Any, ...]) -> None:
     try:
         order = json.loads(Path(_FILE).read_text())
     except (OSError, ValueError):
         return
-    if order.get("at") != name:
+    token = order.get("token")
+    if order.get("at") != name or (token is not None and not _brings(token, args[1])):
         return
     made = Path(_FILE + ".made")
     seen = made.read_text().splitlines() if made.exists() else []
@@ -79,7 +86,7 @@ def _fault(name: str) -> None:
 
 def _wrapped(name: str, method: Any) -> Any:
     def run(*args: Any, **options: Any) -> Any:
-        _fault(name)
+        _fault(name, args)
         return method(*args, **options)
 
     # The classification reads the names of frames: the fault must look as if it came from the function itself.
