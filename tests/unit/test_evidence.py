@@ -41,6 +41,19 @@ def test_an_error_is_kept_with_who_said_it() -> None:
     assert 1 == collector.heard
 
 
+def test_the_end_of_a_process_is_known_by_its_name() -> None:
+    """The fork server tells pids; whoever has said something has a name. Others are compilers and the like."""
+    collector = Collector()
+    collector.add_record(record("hello", process="Worker") | {"pid": 5})
+    for pid, code in ((5, -9), (6, -11)):
+        collector.add_record(record("process has ended") | {"ended": [pid, code]})
+
+    assert {"Worker": -9} == collector.evidence().exit_codes
+    assert Kind.killed is classify(collector.evidence(has_served=True)).kind
+    collector.clear()
+    assert {} == collector.evidence().exit_codes
+
+
 @pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARNING"])
 def test_an_exception_that_vllm_got_over_explains_nothing(level: str) -> None:
     """A warning with a traceback, as of a missing optional module, is no cause of a failure."""

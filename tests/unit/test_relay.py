@@ -89,8 +89,16 @@ def test_a_record_arrives_as_it_was_said(logger: logging.Logger, ears: Ears) -> 
         "logger": "vllm.v1.engine.core",
         "message": "Loading weights took 0.50 seconds",
         "exception": None,
+        "ended": None,
     } == {key: value for key, value in record.items() if key != "time"}
     assert record["time"] > 1.7e9
+
+
+def test_the_end_of_a_process_arrives_as_values(logger: logging.Logger, ears: Ears) -> None:
+    """Which process, and its exit code."""
+    logger.warning("process %d has ended", 77, extra={"ended": (77, -9)})
+
+    assert [77, -9] == ears.record()["ended"]
 
 
 def test_an_exception_arrives_with_its_chain(logger: logging.Logger, ears: Ears) -> None:

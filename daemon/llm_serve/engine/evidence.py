@@ -30,10 +30,16 @@ class Collector:
         self.heard = 0
         self._errors: deque[tuple[float, ErrorRecord]] = deque(maxlen=_ERRORS)
         self._output: deque[str] = deque(maxlen=_OUTPUT_LINES)
+        self._names: dict[int, str] = {}
+        self._ended: dict[int, int] = {}
 
     def add_record(self, value: Mapping[str, Any]) -> None:
         """Take note of one relayed log record."""
         self.heard += 1
+        if ended := value.get("ended"):
+            self._ended[ended[0]] = ended[1]
+            return
+        self._names[value["pid"]] = value["process"]
         if found := phase_of(value["message"]):
             self.phase = found if self.phase is None or found.ratio >= self.phase.ratio else self.phase
         if (error := value.get("exception")) and value["level"] in _ERROR_LEVELS:
@@ -52,7 +58,8 @@ class Collector:
         `since` is the Unix time before which an error explains nothing: an engine survives many that it logs. `more`
         are further fields of Evidence.
         """
-        codes = exit_codes_in(error) | more.pop("exit_codes", {})
+        named = {self._names[pid]: code for pid, code in list(self._ended.items()) if pid in self._names}
+        codes = named | exit_codes_in(error) | more.pop("exit_codes", {})
         return Evidence(
             phase=self.phase.name if self.phase else "",
             errors=tuple(record for time, record in self._errors if time >= since),

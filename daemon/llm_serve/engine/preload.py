@@ -48,6 +48,25 @@ def _load(names: Iterator[str]) -> None:
             logging.getLogger("vllm.llm_serve").warning("preload of %s failed: %s", name, error)
 
 
+def _tell_ends() -> None:
+    """Have this process, which collects what it has forked, tell the daemon how each of them ended.
+
+    Nobody else knows it of a worker: EngineCore, which has started it, only sees that it is gone.
+    """
+    waitpid, server = os.waitpid, os.getpid()
+
+    def and_tell(pid: int, options: int) -> tuple[int, int]:
+        found, status = waitpid(pid, options)
+        if found and os.getpid() == server and (code := os.waitstatus_to_exitcode(status)):
+            level = logging.WARNING if code < 0 else logging.INFO
+            how = f"signal {-code}" if code < 0 else f"status {code}"
+            more = {"ended": (found, code)}
+            logging.getLogger("vllm.llm_serve").log(level, "process %d has ended with %s", found, how, extra=more)
+        return found, status
+
+    os.waitpid = and_tell
+
+
 # Ctrl-C in a terminal, and `timeout`, signal the whole process group: the daemon must drain before its engine ends.
 os.setsid()
 forkserver.die_with_parent()
@@ -55,3 +74,4 @@ forkserver.adopt_orphans()
 _write_to(os.environ.get(forkserver.OUTPUT_VARIABLE, ""))
 _load(_modules([name for name in os.environ.get(forkserver.ARCHITECTURES_VARIABLE, "").split(",") if name]))
 forkserver.install()
+_tell_ends()

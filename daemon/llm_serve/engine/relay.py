@@ -55,7 +55,10 @@ class RelayHandler(logging.Handler):
 
 
 def to_value(record: logging.LogRecord) -> Record:
-    """A record as plain JSON: who said it, what, and the exception with its chain and frames."""
+    """A record as plain JSON: who said it, what, and the exception with its chain and frames.
+
+    `ended` is (pid, exit code) where the record is about the end of a process.
+    """
     return {
         "time": record.created,
         "pid": record.process,
@@ -64,6 +67,7 @@ def to_value(record: logging.LogRecord) -> Record:
         "logger": record.name,
         "message": record.getMessage()[:_TEXT_LIMIT],
         "exception": _exception_value(record.exc_info[1]) if record.exc_info and record.exc_info[1] else None,
+        "ended": getattr(record, "ended", None),
     }
 
 

@@ -25,6 +25,7 @@ _WHERE = {
     "vllm.v1.worker.cpu_worker": ("CPUWorker", ("init_device", "load_model", "determine_available_memory")),
     "vllm.v1.worker.cpu_model_runner": ("CPUModelRunner", ("profile_run", "initialize_kv_cache", "warming_up_model")),
     "vllm.v1.worker.gpu_model_runner": ("GPUModelRunner", ("execute_model",)),
+    "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner", ("execute_model",)),
     "vllm.v1.core.sched.scheduler": ("Scheduler", ("schedule",)),
     "vllm.v1.engine.output_processor": ("OutputProcessor", ("process_outputs",)),
 }
@@ -48,6 +49,15 @@ def _spin() -> None:
         pass
 
 
+def _illegal() -> None:
+    """A kernel of the CUDA context of this process writes past its memory; no other process is touched."""
+    import torch
+
+    far = torch.tensor([1 << 40], device="cuda")
+    torch.zeros(1, device="cuda").index_put_((far,), torch.ones(1, device="cuda"))
+    torch.cuda.synchronize()
+
+
 _DO: dict[str, Callable[[], None]] = {
     "oom": _out_of_memory,
     "error": _error,
@@ -55,6 +65,7 @@ _DO: dict[str, Callable[[], None]] = {
     "sleep": lambda: time.sleep(3600),
     "exit": lambda: os._exit(1),
     "abort": os.abort,
+    "illegal": _illegal,
 }
 
 

@@ -1,0 +1,270 @@
+"""Recovery on a real GPU, with the figures of each fault in one table.
+
+    python -m tests.gpu.recovery --model FOLDER [--json FILE] [--only NAME ...]
+
+The model may be without weights: they are made up (load_format = "dummy"). Each scene has a daemon of its own, all share
+their caches. What is not made for real is said in its scene.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.daemon import MODEL_NAME, Daemon, Stream, instance_text
+from tests.faults.mixed import CATALOG
+
+_REPOSITORY = Path(__file__).parents[2]
+_KINDS = ("chat streamed", "chat with logprobs", "chat with a stop string", "chat with penalties", "chat with a seed",
+          "JSON schema", "two choices")  # fmt: skip
+_HOG = """
+import sys, time, torch
+free, _ = torch.cuda.mem_get_info()
+wanted = int(float(sys.argv[1]) * 2**30) if float(sys.argv[1]) > 0 else free + int(float(sys.argv[1]) * 2**30)
+held = torch.empty(wanted, dtype=torch.uint8, device="cuda")
+print(torch.cuda.mem_get_info()[0] >> 20, flush=True)
+time.sleep(600)
+"""
+Row = dict[str, Any]
+
+
+class Stage:
+    """Where the scenes play."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        self.model, self.folder = model, folder
+
+    @contextmanager
+    def daemon(self, *, environ: dict[str, str] | None = None, **tables: dict[str, Any]) -> Iterator[Daemon]:
+        """A daemon with this file, started."""
+        engine: dict[str, Any] = {
+            "served_model_name": [MODEL_NAME], "load_format": "dummy", "max_model_len": 8192, "max_num_seqs": 128,
+            "tool_call_parser": "hermes", "enable_auto_tool_choice": True,
+        }  # fmt: skip
+        recovery = {"stall_timeout_s": 20, "restart_limit": 50}
+        path = f"{_REPOSITORY / 'tests/faults/inject'}:{_REPOSITORY / 'daemon'}:{os.environ.get('PYTHONPATH', '')}"
+        made = Daemon(self.model, text="", environ={
+            "PYTHONPATH": path, "XDG_CACHE_HOME": str(self.folder / "cache"), **(environ or {}),
+        })  # fmt: skip
+        whole = {
+            "server": {"listen": f"127.0.0.1:{made.port}"},
+            "engine": engine | tables.get("engine", {}),
+            "recovery": recovery | tables.get("recovery", {}),
+        }
+        made.file.write_text(instance_text(self.model, whole))
+        try:
+            yield made.start()
+        finally:
+            print(made.log()[-1500:] if sys.exc_info()[0] else "", flush=True)
+            made.destroy()
+
+
+@contextmanager
+def hog(gib: float) -> Iterator[int]:
+    """Another process that holds so many GiB of the GPU; below zero, all but so many. Yields the MiB left free."""
+    process = subprocess.Popen([sys.executable, "-c", _HOG, str(gib)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def used_mib() -> int:
+    """Memory in use on the GPU."""
+    out = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], check=True,
+                         capture_output=True, text=True).stdout  # fmt: skip
+    return int(out.split()[0])
+
+
+def engine_core(daemon: Daemon) -> int:
+    """The pid of EngineCore."""
+    return int(min(daemon.status()["engine_pids"]))
+
+
+def until_serving(daemon: Daemon, epoch: int, within_s: float = 200) -> float:
+    """Seconds until that engine serves."""
+    began = time.monotonic()
+
+    def is_there() -> bool:
+        status = daemon.status()
+        return bool(status["epoch"] >= epoch and status["state"] == "serving")
+
+    while not is_there():
+        assert time.monotonic() - began < within_s, daemon.status()["why"]
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
+def _story(daemon: Daemon) -> Row:
+    status = daemon.status()
+    kinds = [failure["failure"]["kind"] for failure in reversed(status["failures"])]
+    return {"kinds": kinds, "steps": status["steps"], "rung": status["rung"], "starts": status["engine_starts"]}
+
+
+def start(stage: Stage) -> Row:
+    """First start with empty caches, whatever backend is missing; then a second process on what was learned."""
+    row: Row = {}
+    for name in ("cold", "warm"):
+        with stage.daemon() as daemon:
+            began = time.monotonic()
+            until_serving(daemon, 1, 400)
+            row[f"{name} start s"] = round(time.monotonic() - began, 1)
+            row[name] = _story(daemon)
+    return row
+
+
+def kills(stage: Stage) -> Row:
+    """EngineCore killed in the middle of one answer of each kind: is the rest as without the kill?"""
+    row: Row = {"seconds": [], "same": [], "different": {}}
+    with stage.daemon() as daemon:
+        until_serving(daemon, 1)
+        before = {name: CATALOG[name](daemon.url) for name in _KINDS}
+        row["deterministic"] = [name for name in _KINDS if CATALOG[name](daemon.url) == before[name]]
+        for name in _KINDS:
+            epoch = daemon.status()["epoch"]
+            asked = daemon.later(lambda name=name: CATALOG[name](daemon.url))  # type: ignore[misc]
+            time.sleep(0.35)
+            os.kill(engine_core(daemon), signal.SIGKILL)
+            try:
+                got = asked.result(200)
+            except Exception as error:  # noqa: BLE001 - a result like others
+                got = {"error": repr(error)}
+            row["seconds"].append(round(until_serving(daemon, epoch + 1), 1))
+            if got == before[name]:
+                row["same"].append(name)
+            else:
+                row["different"][name] = {"got": repr(got)[:700], "before": repr(before[name])[:700]}
+        row["outcomes"] = [line for line in daemon.http.get("/metrics").text.splitlines()
+                           if line.startswith("llm_serve_requests_total") and not line.endswith(" 0.0")]  # fmt: skip
+        row["journal"] = [line for line in daemon.log().splitlines() if "engine failed" in line][-1:]
+    return row
+
+
+def under_load(stage: Stage) -> Row:
+    """EngineCore killed under 64 streams, three times; the seconds to the next token, and what became of the streams."""
+    row: Row = {"next token s": []}
+    with stage.daemon() as daemon:
+        until_serving(daemon, 1)
+        for _ in range(3):
+            epoch = daemon.status()["epoch"]
+            streams = [Stream(daemon.url, 1200) for _ in range(64)]
+            for stream in streams:
+                stream.wait_for_tokens(5)
+            seen = sum(len(stream.events) for stream in streams)
+            os.kill(engine_core(daemon), signal.SIGKILL)
+            began = time.monotonic()
+            time.sleep(0.5)
+            seen = sum(len(stream.events) for stream in streams)
+            while sum(len(stream.events) for stream in streams) == seen:
+                time.sleep(0.02)
+            row["next token s"].append(round(time.monotonic() - began, 2))
+            until_serving(daemon, epoch + 1)
+            for stream in streams:
+                stream.wait(200)
+        row["complete"] = sum(stream.finish_reasons == ["length"] for stream in streams)
+        row["phases"] = _phases(daemon, epoch + 1)
+    row["median s"] = statistics.median(row["next token s"])
+    return row
+
+
+def _phases(daemon: Daemon, epoch: int) -> list[str]:
+    """The log's time stamps of the last recovery."""
+    lines = daemon.log().splitlines()
+    begun = max(number for number, line in enumerate(lines) if "serving -> recovering" in line)
+    words = ("serving", "engine failed", "%", "took", "Loading", "Starting to load", "graph", "Graph", "KV cache")
+    return [line[:150] for line in lines[begun:] if any(word in line for word in words)][:60]
+
+
+def frozen(stage: Stage) -> Row:
+    """EngineCore stopped with a request waiting."""
+    with stage.daemon() as daemon:
+        until_serving(daemon, 1)
+        os.kill(engine_core(daemon), signal.SIGSTOP)
+        began = time.monotonic()
+        asked = daemon.later(daemon.chat)
+        while daemon.http.get("/readyz").status_code == 200:
+            time.sleep(0.1)
+        noticed = time.monotonic() - began
+        answered = asked.result(200).status_code
+        return {"noticed s": round(noticed, 1), "answered": answered, "after s": round(time.monotonic() - began, 1),
+                **_story(daemon)}  # fmt: skip
+
+
+def memory_held(stage: Stage) -> Row:
+    """Another process holds most of the GPU at the start: wait for it, then fit beside it."""
+    with hog(90) as free, stage.daemon() as daemon:
+        began = time.monotonic()
+        until_serving(daemon, 1, 400)
+        return {"free MiB": free, "serving after s": round(time.monotonic() - began, 1), **_story(daemon)}
+
+
+def memory_taken(stage: Stage) -> Row:
+    """Another process takes the rest while it serves, and then come prompts that need more than there is."""
+    with stage.daemon(engine={"gpu_memory_utilization": 0.95, "max_num_batched_tokens": 8192}) as daemon:
+        until_serving(daemon, 1)
+        epoch = daemon.status()["epoch"]
+        with hog(-0.06) as free:
+            prompt = "one two three four five six seven " * 1000
+            answers = [daemon.later(lambda number=number: daemon.chat(f"{number} {prompt}", logprobs=True,  # type: ignore[misc]
+                                                                      top_logprobs=20)) for number in range(64)]  # fmt: skip
+            codes = [each.result(300).status_code for each in answers]
+        return {"free MiB": free, "codes": sorted(set(codes)), "engines": daemon.status()["epoch"] - epoch,
+                **_story(daemon)}  # fmt: skip
+
+
+def device_error(stage: Stage) -> Row:
+    """An illegal memory access in the worker (injected: a kernel that writes where it must not)."""
+    fault = stage.folder / "fault.json"
+    with stage.daemon(environ={"LLM_SERVE_FAULT_FILE": str(fault)}) as daemon:
+        until_serving(daemon, 1)
+        epoch = daemon.status()["epoch"]
+        fault.write_text(json.dumps({"at": "execute_model", "do": "illegal", "times": 1}))
+        began = time.monotonic()
+        answer = daemon.chat()
+        after = time.monotonic() - began
+        until_serving(daemon, epoch + 1)
+        return {"answered": answer.status_code, "after s": round(after, 1), **_story(daemon)}
+
+
+SCENES: dict[str, Callable[[Stage], Row]] = {
+    scene.__name__: scene for scene in (start, kills, under_load, frozen, memory_held, memory_taken, device_error)
+}
+
+
+def main() -> None:
+    """Play the scenes and print what was seen."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--only", nargs="*", choices=list(SCENES), default=list(SCENES))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    rows: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in given.only:
+            began, before = time.monotonic(), used_mib()
+            try:
+                rows[name] = SCENES[name](Stage(given.model, Path(folder)))
+            except Exception:  # noqa: BLE001 - the other scenes still count
+                rows[name] = {"failed": traceback.format_exc()[-1500:]}
+            rows[name] |= {"GPU MiB left": used_mib() - before, "scene s": round(time.monotonic() - began)}
+            print(name, json.dumps(rows[name], indent=1), flush=True)
+            if given.json:
+                given.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
