@@ -43,8 +43,8 @@ Row = dict[str, Any]
 class Stage:
     """Where the scenes play."""
 
-    def __init__(self, model: str, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, model: str, folder: Path, logs: Path | None) -> None:
+        self.model, self.folder, self._logs = model, folder, logs
 
     @contextmanager
     def daemon(self, *, environ: dict[str, str] | None = None, **tables: dict[str, Any]) -> Iterator[Daemon]:
@@ -67,7 +67,9 @@ class Stage:
         try:
             yield made.start()
         finally:
-            print(made.log()[-1500:] if sys.exc_info()[0] else "", flush=True)
+            if self._logs is not None:
+                with self._logs.open("a") as log:
+                    log.write(made.log())
             made.destroy()
 
 
@@ -251,13 +253,14 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--only", nargs="*", choices=list(SCENES), default=list(SCENES))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--logs", type=Path, help="a file to which the daemons' logs are added")
     given = parser.parse_args()
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only:
             began, before = time.monotonic(), used_mib()
             try:
-                rows[name] = SCENES[name](Stage(given.model, Path(folder)))
+                rows[name] = SCENES[name](Stage(given.model, Path(folder), given.logs))
             except Exception:  # noqa: BLE001 - the other scenes still count
                 rows[name] = {"failed": traceback.format_exc()[-1500:]}
             rows[name] |= {"GPU MiB left": used_mib() - before, "scene s": round(time.monotonic() - began)}
