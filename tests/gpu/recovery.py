@@ -65,7 +65,7 @@ class Stage:
         }
         made.file.write_text(instance_text(self.model, whole))
         try:
-            yield made.start()
+            yield made.start().wait_for_answers()
         finally:
             if self._logs is not None:
                 with self._logs.open("a") as log:
@@ -121,8 +121,8 @@ def start(stage: Stage) -> Row:
     """First start with empty caches, whatever backend is missing; then a second process on what was learned."""
     row: Row = {}
     for name in ("cold", "warm"):
+        began = time.monotonic()
         with stage.daemon() as daemon:
-            began = time.monotonic()
             until_serving(daemon, 1, 400)
             row[f"{name} start s"] = round(time.monotonic() - began, 1)
             row[name] = _story(daemon)
