@@ -106,6 +106,11 @@ class Gate:
         self._refusal = Refusal(message, retry_after_s)
         self._is_decided.set()
 
+    def reconfigure(self, keys: Keys, limits: Limits, *, open_metrics: bool) -> None:
+        """Ask and allow this from now on. Who waits already waits as long as he was promised."""
+        self._keys, self._limits = keys, limits
+        self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
+
     # What clients meet.
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
