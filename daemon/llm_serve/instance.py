@@ -49,7 +49,7 @@ class Host:
 
     def serving(self, instance: Instance) -> Host:
         """The same machine, with the memory of an instance whose file has changed."""
-        return replace(self, memory=_memory(instance, self.used))
+        return replace(self, memory=self.memory.under(partial(_key, instance, self.used)))
 
 
 async def ready_host(instance: Instance, factory: Factory, collector: Collector, tell: Callable[[str], None]) -> Host:
@@ -76,11 +76,7 @@ async def ready_host(instance: Instance, factory: Factory, collector: Collector,
     factory.device_memory_bytes = min((gpu.memory_total_bytes for gpu in used), default=None)
     witnesses = Witnesses(gpus, used)
     postmortem = Postmortem(factory, collector, witnesses, instance.state)
-    return Host(gpus, used, _memory(instance, used), postmortem)
-
-
-def _memory(instance: Instance, gpus: tuple[Gpu, ...]) -> Memory:
-    return Memory(StateFile(instance.state), partial(_key, instance, gpus))
+    return Host(gpus, used, Memory(StateFile(instance.state), partial(_key, instance, used)), postmortem)
 
 
 def _key(instance: Instance, gpus: tuple[Gpu, ...]) -> Key:

@@ -95,6 +95,8 @@ class Orders:
         now = await self._supervisor.offer(new, needs_engine=change.needs_engine)
         if self._supervisor.instance is not new:
             return _not_now(now)
+        if not change.options:
+            return Reply(0, "no option has changed; the API keys have been read again.")
         if not change.needs_engine:
             return Reply(0, f"{_applied(change)} without a new engine.")
         now = await self._supervisor.until(lambda now: now.state in machine.UP | _ENDING)
@@ -123,10 +125,8 @@ class Orders:
         if now.state in _ENDING:
             return Reply(_TRY_AGAIN, f"the instance is {now.state} ({now.why}): nothing was changed.")
         already = " already" if now.is_drained == before.is_drained else ""
-        until = (
-            "" if now.state in machine.UP else f"; the instance is {now.state}, and stays so until its engine answers"
-        )
-        reply = Reply(0, f"admission is {outcome}{already}{until}.")
+        later = "" if now.state in machine.UP else f", as soon as the engine answers (the instance is {now.state})"
+        reply = Reply(0, f"admission is{already} {outcome}{later}.")
         get_logger().info(reply.message)
         return reply
 
@@ -137,7 +137,7 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 def _applied(change: Change) -> str:
-    return f"applied {', '.join(change.options)}" if change.options else "nothing but the API keys was read anew"
+    return f"applied {', '.join(change.options)}"
 
 
 def _not_now(now: machine.Situation) -> Reply:
