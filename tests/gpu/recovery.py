@@ -62,6 +62,7 @@ class Stage:
             "server": {"listen": f"127.0.0.1:{made.port}"},
             "engine": engine | tables.get("engine", {}),
             "recovery": recovery | tables.get("recovery", {}),
+            "engine.env": tables.get("env", {"VLLM_USE_FLASHINFER_SAMPLER": "0"}),
         }
         made.file.write_text(instance_text(self.model, whole))
         try:
@@ -122,7 +123,7 @@ def start(stage: Stage) -> Row:
     row: Row = {}
     for name in ("cold", "warm"):
         began = time.monotonic()
-        with stage.daemon() as daemon:
+        with stage.daemon(env={}) as daemon:
             until_serving(daemon, 1, 400)
             row[f"{name} start s"] = round(time.monotonic() - began, 1)
             row[name] = _story(daemon)
