@@ -153,7 +153,7 @@ class Factory:
         env = engine_environment(plan) | {processes.MARKER: str(self._runtime)}
         if self._forked_with != env or not forkserver.is_running():
             forkserver.stop()
-            forkserver.start(env, architectures, self._receiver.output_socket, self._runtime / "mp")
+            forkserver.start(env, architectures, self._receiver, self._runtime / "mp")
             self._forked_with = env
 
     async def build(self, plan: EnginePlan, epoch: int, *, timeout_s: float, stall_timeout_s: float) -> Engine:
