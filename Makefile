@@ -51,10 +51,11 @@ format: dev ## let ruff rewrite the layout
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: dev ## measure against vLLM's own server: start, load, memory, idle CPU (15 min.)
+bench: dev ## measure against vLLM's own server: start, load, memory, idle CPU, recovery (25 min.)
 	@$(BIN)/python -m tests.bench.bench_decode $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_serve $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_survivor $(BENCH_ARGS)
+	@$(BIN)/python -m tests.bench.bench_recovery $(BENCH_ARGS)
 
 lock: dev ## resolve the locks anew (packaging/locks/README.md)
 	@$(BIN)/python packaging/lock --uv $(BIN)/uv
