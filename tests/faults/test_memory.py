@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.daemon import Daemon, eventually
-from tests.faults.conftest import Watch
+from tests.figures import Watch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
