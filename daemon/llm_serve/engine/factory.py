@@ -32,7 +32,7 @@ from llm_serve.core.plan import EnginePlan
 from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, Marks, is_progress
 from llm_serve.engine import forkserver, relay
 from llm_serve.engine.evidence import Collector
-from llm_serve.host import processes, stacks
+from llm_serve.host import interpreter, processes, stacks
 from llm_serve.host.logs import get_logger
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ class Factory:
         before = await asyncio.to_thread(self.marks)
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
+            interpreter.collect_frozen()  # of the engine before: meanwhile the new one's processes load
             after = await asyncio.to_thread(self.marks)
             await asyncio.to_thread(self._note_leftovers)
             if is_progress(before, after, _LOOK_EVERY_S):
