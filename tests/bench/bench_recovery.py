@@ -40,6 +40,8 @@ from tests.bench import servers
 from tests.daemon import Daemon, eventually, free_port
 
 _STREAMS, _TOKENS = 8, 50
+_ONE_ANSWER_S = 3.5
+"""What an answer takes on two cores. Clients that begin together end together, so when the fault comes matters."""
 _STALL_TIMEOUT_S, _WATCH_A_HANG_S, _WATCH_A_LOOP_S = 20, 60, 120
 _START_LIMIT_S = 240
 _TOO_SMALL = {"max_model_len": 8192, "kv_cache_memory_bytes": 128 << 20}
@@ -219,10 +221,11 @@ SERVERS = {"llm-serve": ours, "vLLM": theirs}
 # ---- the faults ---------------------------------------------------------------------------------------
 
 
-def _after_kill(server: Server) -> Figures:
-    """Kill EngineCore under load; the load goes on until every client has been served again."""
+def _after_kill(server: Server, share: float) -> Figures:
+    """Kill EngineCore when this share of an answer has been given; the load goes on until all are served again."""
     with clients(server.url) as outcomes:
         outcomes.wait_for(2 * _STREAMS, time.monotonic(), _START_LIMIT_S)
+        time.sleep(share * _ONE_ANSWER_S)
         core, began = server.core(), time.monotonic()
         os.kill(core, signal.SIGKILL)
         first_s = outcomes.wait_for(_STREAMS, began, _START_LIMIT_S)
@@ -236,7 +239,7 @@ def kill(model: Path, rounds: int) -> dict[str, Figures]:
     figures: dict[str, Figures] = {}
     for name, serve in SERVERS.items():
         with serve(model, servers.ARGUMENTS) as server:
-            seen = [_after_kill(server) for _ in range(rounds)]
+            seen = [_after_kill(server, (number + 0.5) / rounds) for number in range(rounds)]
         figures[name] = {
             "next answer s, median": statistics.median(each["next answer s"] for each in seen),
             "rounds": seen,
@@ -265,6 +268,7 @@ def fit(model: Path, rounds: int) -> dict[str, Figures]:
 def _after_hang(server: Server) -> Figures:
     with clients(server.url) as outcomes:
         outcomes.wait_for(2 * _STREAMS, time.monotonic(), _START_LIMIT_S)
+        time.sleep(_ONE_ANSWER_S / 2)
         stopped, began = psutil.Process(server.core()), time.monotonic()
         stopped.suspend()
         noticed = None
