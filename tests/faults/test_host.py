@@ -115,7 +115,8 @@ def test_the_wall_clock_jumps(daemon: MakeDaemon, watch: Watch, tmp_path: Path) 
     os.kill(engine_core(serving), signal.SIGKILL)
     asked = serving.later(lambda: serving.chat(max_tokens=1))
     clock.write_text(f"+{_DAY_S}")
-    assert 200 == asked.result(60).status_code
+    answer = asked.result(60)
+    assert 200 == answer.status_code, f"{answer.text}\n{serving.log()[-6000:]}"
     watch.serving(serving)
     assert (2, 0) == (serving.status()["engine_starts"], serving.status()["rung"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.daemon import Daemon, eventually
+from tests.daemon import ENGINE, Daemon, eventually
 from tests.faults.conftest import Fault
 from tests.figures import Watch
 
@@ -24,6 +24,10 @@ def _wait_for_trial(daemon: Daemon, watch: Watch) -> None:
     third: Callable[[dict[str, Any]], bool] = lambda seen: seen["engine_starts"] == 3  # noqa: E731 - with its type
     assert "recovering" == eventually(daemon.status, third, within_s=60, what="a trial")["state"]
     watch.begin()
+
+
+def _kv_cache_bytes(status: dict[str, Any]) -> int:
+    return int(status["engine_arguments"]["arguments"]["kv_cache_memory_bytes"])
 
 
 def _settled(daemon: Daemon, starts: int) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def test_a_rung_is_taken_back_when_its_cause_is_gone(daemon: MakeDaemon, watch: 
     assert 200 == answer.status_code, answer.text
     status = _settled(serving, 3)
     assert (0, []) == (status["rung"], status["steps"])
-    assert learned["max_num_seqs"] < status["max_num_seqs"]
+    assert _kv_cache_bytes(learned) < _kv_cache_bytes(status) == ENGINE["kv_cache_memory_bytes"]
     assert 1.0 == serving.metric('llm_serve_engine_starts_total{reason="step_up"}')
     watch.note(serving)
     serving.stop()
