@@ -305,7 +305,8 @@ class Factory:
         forkserver.stop()
         _remove((self._runtime / "mp",))
         self._logging_config.unlink(missing_ok=True)
-        self._leftovers.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the state folder may have become read-only
+            self._leftovers.unlink(missing_ok=True)
 
     def marks(self) -> Marks:
         """What a start has done so far. The daemon itself counts until there are processes of the engine."""
