@@ -169,6 +169,8 @@ class Supervisor:
             self._failed_at = self._failed_at or time.monotonic()
         if now.course != before.course and now.course.steps:
             get_logger().warning("the plan has changed", rung=now.course.rung, reason=now.course.steps[-1].reason)
+        if now.trials_failed > before.trials_failed:
+            get_logger().warning("the larger plan has failed again", rung=now.course.rung, why=now.why)
         if now.state is not before.state:
             get_logger().info(f"{before.state} -> {now.state}", state=now.state.value, why=now.why, epoch=now.epoch)
         self._notifier.status(self.snapshot().line)
