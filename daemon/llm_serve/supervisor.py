@@ -56,6 +56,7 @@ class Supervisor:
         self._instance, self._notifier, self._factory, self._collector = instance, notifier, factory, collector
         self._situation = machine.Situation(_limits(instance.settings), Course(instance.plan), since=time.monotonic())
         self._started = time.monotonic()
+        self._vllm_version = installed_vllm()  # read once: it takes a descriptor, and there may be none later
         self._on_ready = on_ready
         self._events: asyncio.Queue[machine.Event] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,7 +88,7 @@ class Supervisor:
             phase=phase.name,
             progress=phase.ratio,
             version=__version__,
-            vllm_version=installed_vllm(),
+            vllm_version=self._vllm_version,
             pid=os.getpid(),
             listen=settings.server.listen,
             source=settings.source,
@@ -168,6 +169,8 @@ class Supervisor:
             self._failed_at = self._failed_at or time.monotonic()
         if now.course != before.course and now.course.steps:
             get_logger().warning("the plan has changed", rung=now.course.rung, reason=now.course.steps[-1].reason)
+        if now.trials_failed > before.trials_failed:
+            get_logger().warning("the larger plan has failed again", rung=now.course.rung, why=now.why)
         if now.state is not before.state:
             get_logger().info(f"{before.state} -> {now.state}", state=now.state.value, why=now.why, epoch=now.epoch)
         self._notifier.status(self.snapshot().line)

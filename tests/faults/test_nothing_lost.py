@@ -18,9 +18,10 @@ import psutil
 import pytest
 
 from tests.daemon import MODEL_NAME, Daemon, Later, Stream
-from tests.faults.conftest import Fault, Watch
+from tests.faults.conftest import Fault
 from tests.faults.mixed import CATALOG, Ask, Got
 from tests.faults.test_engine import engine_processes
+from tests.figures import Watch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 TABLES: Mapping[str, Mapping[str, Any]] = {
