@@ -206,9 +206,17 @@ class Supervisor:
         if self._failed_at is not None:
             metrics.recovery_seconds.observe(time.monotonic() - self._failed_at)
             self._failed_at = None
-        gate.open(self._model)
+        self._admit_to_engine(gate)
         self._notifier.ready()
         self._on_ready()
+
+    def _admit_to_engine(self, gate: Gate) -> None:
+        """Open the gate as wide as the engine's batch, and let it know of every step."""
+        slots, engine = self._factory.built.max_num_seqs, self._engine
+        if engine is not None:
+            engine.steps.tell(gate.note)
+            slots = slots and slots * (engine.args.data_parallel_size or 1)
+        gate.open(self._model, slots)
 
     async def _pause(self, epoch: int, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -351,7 +359,7 @@ class Supervisor:
     async def _wait_for_answers(self, gate: Gate, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while gate.in_flight:  # noqa: ASYNC110 - once in a life, and the counter stays a plain number
+                while gate.in_flight > gate.held:  # noqa: ASYNC110 - once in a life, and the counter stays a plain number
                     await asyncio.sleep(0.05)
 
     async def _tell_service_manager(self) -> None:
