@@ -192,6 +192,35 @@ def _phases(daemon: Daemon, epoch: int) -> list[str]:
     return [line[:150] for line in lines[begun:] if any(word in line for word in words)][:60]
 
 
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "start-up plan": {"env": {"VLLM_ENABLE_STARTUP_PLAN": "1"}},
+    "KV size given": {"engine": {"kv_cache_memory_bytes": 110 << 30}},
+    "KV size given, few graphs": {
+        "engine": {"kv_cache_memory_bytes": 110 << 30, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]},
+    },
+    "eager": {"engine": {"enforce_eager": True, "kv_cache_memory_bytes": 110 << 30}},
+}
+"""What may make a rebuild faster; each is tried by itself."""
+
+
+def rebuilds(stage: Stage) -> Row:
+    """Seconds from the death of an idle engine to the next answer, by variant; the second of two kills."""
+    row: Row = {}
+    for name, variant in _VARIANTS.items():
+        env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | variant.get("env", {})
+        with stage.daemon(env=env, engine=variant.get("engine", {})) as daemon:
+            until_serving(daemon, 1, 300)
+            for _ in range(2):
+                began = time.monotonic()
+                os.kill(engine_core(daemon), signal.SIGKILL)
+                assert daemon.chat(max_tokens=1).status_code == 200
+                row[name] = round(time.monotonic() - began, 2)
+            lines = [line[:120] for line in _phases(daemon, 3) if "Capturing" not in line]
+            row[f"{name}: log"] = lines if name != "as it is" else []
+    return row
+
+
 def frozen(stage: Stage) -> Row:
     """EngineCore stopped with a request waiting."""
     with stage.daemon() as daemon:
@@ -244,7 +273,8 @@ def device_error(stage: Stage) -> Row:
 
 
 SCENES: dict[str, Callable[[Stage], Row]] = {
-    scene.__name__: scene for scene in (start, kills, under_load, frozen, memory_held, memory_taken, device_error)
+    scene.__name__: scene
+    for scene in (start, kills, under_load, rebuilds, frozen, memory_held, memory_taken, device_error)
 }
 
 
