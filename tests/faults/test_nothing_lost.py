@@ -177,7 +177,7 @@ def test_the_company_of_a_poison_request_is_answered(daemon: Callable[..., Daemo
 
     assert _is_refused(poison.result(200))
     for stream in streams:
-        stream.wait(200)
+        stream.wait(200).close()
 
     serving.wait_ready()
     watch.serving(serving)

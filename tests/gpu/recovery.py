@@ -177,7 +177,7 @@ def under_load(stage: Stage) -> Row:
             row["next token s"].append(round(time.monotonic() - began, 2))
             until_serving(daemon, epoch + 1)
             for stream in streams:
-                stream.wait(200)
+                stream.wait(200).close()
         row["complete"] = sum(stream.finish_reasons == ["length"] for stream in streams)
         row["phases"] = _phases(daemon, epoch + 1)
     row["median s"] = statistics.median(row["next token s"])
