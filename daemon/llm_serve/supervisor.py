@@ -203,9 +203,17 @@ class Supervisor:
         if self._failed_at is not None:
             metrics.recovery_seconds.observe(time.monotonic() - self._failed_at)
             self._failed_at = None
-        gate.open(self._model)
+        self._admit_to_engine(gate)
         self._notifier.ready()
         self._on_ready()
+
+    def _admit_to_engine(self, gate: Gate) -> None:
+        """Open the gate as wide as the engine's batch, and let it know of every step."""
+        slots, engine = self._factory.built.max_num_seqs, self._engine
+        if engine is not None:
+            engine.steps.tell(gate.note)
+            slots = slots and slots * (engine.args.data_parallel_size or 1)
+        gate.open(self._model, slots)
 
     async def _pause(self, epoch: int, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -16,7 +16,10 @@ from llm_serve import metrics, passage
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.openai_routes import allowed
 from llm_serve.web import operations
-from llm_serve.web.gate import Gate, Keys, Limits, Message, Receive, Scope, Send
+from llm_serve.web.asgi import Message, Receive, Scope, Send
+from llm_serve.web.gate import Gate
+from llm_serve.web.keys import Keys
+from llm_serve.web.limits import Limits
 
 COMPLETIONS = "/v1/completions"
 KEY = {"authorization": "Bearer right"}
@@ -251,9 +254,9 @@ def test_a_wrong_key_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatch)
         compared.append(known)
         return True
 
-    monkeypatch.setattr("llm_serve.web.gate.hmac.compare_digest", compare)
+    monkeypatch.setattr("llm_serve.web.keys.hmac.compare_digest", compare)
 
-    assert Keys(["a", "b", "c"]).allow({b"x-api-key": b"a"})
+    assert Keys(["a", "b", "c"]).holder({b"x-api-key": b"a"}, None)
     assert 3 == len(set(compared))
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from llm_serve.engine.factory import Places
     from llm_serve.engine.relay import Receiver
     from llm_serve.supervisor import Supervisor
-    from llm_serve.web.gate import Asgi, Gate
+    from llm_serve.web.asgi import Asgi
+    from llm_serve.web.gate import Gate
 
 
 def run(target: str) -> int:
@@ -107,6 +108,7 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
     from llm_serve import metrics
     from llm_serve.engine import architectures, factory
     from llm_serve.web import operations
+    from llm_serve.web.deadlines import Timeouts
     from llm_serve.web.server import Server
 
     places = factory.Places(runtime, boot.state_folder(runtime, os.environ))
@@ -117,7 +119,8 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
     REGISTRY.register(metrics.SnapshotCollector(supervisor.snapshot))
     inside = operations.create(supervisor.snapshot, _model_names(start.settings))
     supervisor.gate = _gate(start, inside)
-    servers = [Server(supervisor.gate, listener), Server(inside, control)]
+    timeouts = Timeouts(start.settings.server.header_timeout_s, start.settings.server.body_timeout_s)
+    servers = [Server(supervisor.gate, listener, timeouts), Server(inside, control)]
     for server in servers:
         await server.start()
     try:
@@ -152,12 +155,14 @@ def _supervisor(start: Start, places: Places) -> tuple[Supervisor, Receiver]:
 
 
 def _gate(start: Start, operations: Asgi) -> Gate:
-    from llm_serve.web.gate import Gate, Keys, Limits
+    from llm_serve.web.gate import Gate
+    from llm_serve.web.keys import Keys
+    from llm_serve.web.limits import Limits
 
     server = start.settings.server
     return Gate(
         keys=Keys(start.keys),
-        limits=Limits(server.max_queued, server.hold_timeout_s),
+        limits=Limits(server.max_queued, server.hold_timeout_s, server.max_body_bytes, server.stream_keep_alive_s),
         routes=_routes(start.settings),
         operations=operations,
         open_metrics=server.open_metrics,
