@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,6 +76,14 @@ def test_a_whole_answer_is_one_event() -> None:
     assert [(None, {"id": 1}), (None, "[DONE]")] == events(sse.late_answer("/v1/completions", 200, b'{"id":\n 1}'))
 
 
+async def until(is_so: Callable[[], object], within_s: float = 10.0) -> None:
+    """Wait until something is so."""
+    deadline = asyncio.get_running_loop().time() + within_s
+    while not is_so():
+        assert asyncio.get_running_loop().time() < deadline, "it has not become so"
+        await asyncio.sleep(0.005)
+
+
 class Wire:
     """What the client gets."""
 
@@ -107,9 +116,7 @@ async def test_a_quiet_stream_gets_comments_until_it_goes_on() -> None:
     await told(dict(STREAM))
     await told(body(b"data: 1\n\n"))
 
-    async with asyncio.timeout(5):
-        while wire.text.count(COMMENT) < 3:
-            await asyncio.sleep(0.005)
+    await until(lambda: wire.text.count(COMMENT) >= 3)
     await told(body(b"data: 2\n\n", more=False))
     silent = wire.text
     await asyncio.sleep(0.05)
@@ -166,13 +173,10 @@ async def test_one_task_serves_all_streams_and_ends_with_them() -> None:
         await each(dict(STREAM))
     assert before + 1 == len(asyncio.all_tasks())
 
-    async with asyncio.timeout(10):
-        while not all(wire.text for wire in wires):
-            await asyncio.sleep(0.01)
-        for each in answers:
-            each.end_watch()
-        while len(asyncio.all_tasks()) > before:
-            await asyncio.sleep(0.01)
+    await until(lambda: all(wire.text for wire in wires))
+    for each in answers:
+        each.end_watch()
+    await until(lambda: len(asyncio.all_tasks()) == before)
 
 
 async def test_a_client_that_does_not_read_silences_nobody() -> None:
@@ -187,9 +191,7 @@ async def test_a_client_that_does_not_read_silences_nobody() -> None:
     first, second = (Answer(send, b"id", "/v1/completions", ticker) for send in (blocked, wire.send))
     for each in (first, second):
         await each(dict(STREAM))
-    async with asyncio.timeout(5):
-        while wire.text.count(COMMENT) < 5:
-            await asyncio.sleep(0.005)
+    await until(lambda: wire.text.count(COMMENT) >= 5)
 
     assert 1 == len(tries)
     stuck.set()
