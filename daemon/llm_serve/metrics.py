@@ -44,7 +44,9 @@ refusals = Counter("llm_serve_refusals", "Requests that the gate has answered wi
 for _reason in REFUSALS:
     refusals.labels(_reason)
 slow_clients = Counter(
-    "llm_serve_slow_clients", "Connections ended because a part of the request did not come in time.", ["part"]
+    "llm_serve_slow_clients",
+    "Connections ended because a part of the request took too long, or was too long.",
+    ["part"],
 )
 for _part in ("headers", "body"):
     slow_clients.labels(_part)

@@ -356,7 +356,7 @@ class Supervisor:
     async def _wait_for_answers(self, gate: Gate, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while gate.in_flight:  # noqa: ASYNC110 - once in a life, and the counter stays a plain number
+                while gate.in_flight > gate.held:  # noqa: ASYNC110 - once in a life, and the counter stays a plain number
                     await asyncio.sleep(0.05)
 
     async def _tell_service_manager(self) -> None:

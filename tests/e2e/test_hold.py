@@ -48,10 +48,16 @@ def frozen_start(daemon: Daemon) -> Iterator[None]:
 
 def raw_stream(daemon: Daemon, path: str, body: dict[str, Any]) -> tuple[int, str]:
     """Status and text of a streamed answer, comments included."""
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=180)
-    connection.request("POST", path, json.dumps(body | {"stream": True}), {"content-type": "application/json"})
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=180)) as connection:
+        connection.request("POST", path, json.dumps(body | {"stream": True}), {"content-type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def text_of(stream: str) -> str:
+    """The completion that a stream's events add up to."""
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    return "".join(event["choices"][0]["text"] for event in events if event["choices"])
 
 
 def comments(text: str) -> list[str]:
@@ -70,8 +76,9 @@ def test_streams_that_wait_for_an_engine_are_kept_alive(daemon: Callable[..., Da
     with (
         openai.OpenAI(base_url=f"{fresh.url}/v1", api_key="none", max_retries=0, timeout=180) as client,
         anthropic.Anthropic(base_url=fresh.url, api_key="none", max_retries=0, timeout=180) as claude,
-        frozen_start(fresh),
+        contextlib.ExitStack() as frozen,
     ):
+        frozen.enter_context(frozen_start(fresh))
         raw = fresh.later(lambda: raw_stream(fresh, "/v1/completions", PROMPT))
         chat = fresh.later(lambda: list(client.chat.completions.create(**CHAT, max_tokens=8, stream=True)))
         response = fresh.later(
@@ -82,17 +89,16 @@ def test_streams_that_wait_for_an_engine_are_kept_alive(daemon: Callable[..., Da
         held(fresh, 5)
         time.sleep(4 * KEEP_ALIVE_S)
         assert not raw.is_done
+        frozen.close()
 
-    status, text = raw.result()
-    whole = plain.result().choices[0].text
-    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-    assert 200 == status
-    assert len(comments(text)) >= 3
-    assert text.endswith("data: [DONE]\n\n")
-    assert whole == "".join(event["choices"][0]["text"] for event in events if event["choices"])
-    assert chat.result()[-1].choices[0].finish_reason
-    assert response.result()[-1].type in ("response.completed", "response.incomplete")
-    assert "message_stop" == message.result()[-1].type
+        status, text = raw.result()
+        assert 200 == status
+        assert len(comments(text)) >= 3
+        assert text.endswith("data: [DONE]\n\n")
+        assert plain.result().choices[0].text == text_of(text)
+        assert chat.result()[-1].choices[0].finish_reason
+        assert response.result()[-1].type in ("response.completed", "response.incomplete")
+        assert "message_stop" == message.result()[-1].type
 
 
 def test_an_error_after_the_stream_began_is_one_for_the_clients(daemon: Callable[..., Daemon]) -> None:
@@ -152,8 +158,7 @@ def test_a_stream_is_kept_alive_over_the_death_of_its_engine(daemon: Callable[..
     assert 503 == refused.status_code
     assert 1 <= int(refused.headers["retry-after"]) <= 120
     assert comments(text)
-    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-    assert before == "".join(event["choices"][0]["text"] for event in events if event["choices"])
+    assert before == text_of(text)
 
 
 def test_a_crowd_is_served_without_overfilling_the_engine(daemon: Callable[..., Daemon]) -> None:

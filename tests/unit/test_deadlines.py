@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from llm_serve.web.asgi import Receive, Scope, Send
-from llm_serve.web.deadlines import Timeouts
+from llm_serve.web.deadlines import MAX_HEAD_BYTES, BoundedHead, Timeouts
 from llm_serve.web.server import Server
 
 TIMEOUTS = Timeouts(header_timeout_s=0.6, body_timeout_s=0.8)
@@ -45,7 +45,7 @@ class Application:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Application, protocol: type = HttpToolsProtocol) -> AsyncIterator[tuple[Server, int]]:
+async def serving(app: Application, protocol: type = BoundedHead) -> AsyncIterator[tuple[Server, int]]:
     """The server, and its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = Server(app, listener, TIMEOUTS)
@@ -67,12 +67,16 @@ async def talk(port: int, *pieces: bytes, pause_s: float = 0.1) -> bytes:
             await asyncio.sleep(pause_s)
 
     writing = asyncio.create_task(write())
+    told = b""
     try:
         async with asyncio.timeout(WITHIN_S):
-            return await reader.read()
+            with contextlib.suppress(ConnectionError):  # what was still on its way to a connection that was closed
+                while piece := await reader.read(1 << 16):
+                    told += piece
     finally:
         writing.cancel()
         writer.close()
+    return told
 
 
 async def until(is_so: Callable[[], object], within_s: float = 10.0) -> None:
@@ -83,7 +87,7 @@ async def until(is_so: Callable[[], object], within_s: float = 10.0) -> None:
         await asyncio.sleep(0.005)
 
 
-BOTH = pytest.mark.parametrize("protocol", [HttpToolsProtocol, H11Protocol], ids=["httptools", "h11"])
+BOTH = pytest.mark.parametrize("protocol", [BoundedHead, H11Protocol], ids=["ours", "h11"])
 
 
 @BOTH
@@ -101,9 +105,37 @@ async def test_half_a_head_is_not_waited_for(protocol: type) -> None:
     async with serving(Application(), protocol) as (_, port):
         told = await talk(port, HEAD, *(b"x-%d: y\r\n" % number for number in range(60)))
 
-    if protocol is HttpToolsProtocol:
+    if protocol is BoundedHead:
         assert told.startswith(b"HTTP/1.1 408 ")
         assert "server.header_timeout_s" in json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "endless", [b"x-%d: yyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyyy\r\n", b"y%d"], ids=["headers", "one header"]
+)
+async def test_a_head_has_an_end(endless: bytes) -> None:
+    """A head of a few megabytes is cut off as soon as it is too long, not when its time is over."""
+    pieces = [b"".join(endless % number for number in range(1000 * n, 1000 * n + 1000)) for n in range(200)]
+    async with serving(Application()) as (_, port):
+        told = await talk(port, HEAD + b"x-first: ", *pieces, pause_s=0)
+
+    assert told.startswith(b"HTTP/1.1 431 ")
+    assert str(MAX_HEAD_BYTES) in json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+async def test_a_long_head_is_no_crime() -> None:
+    """Sixty kilobytes in pieces, then a body: served, and so is the next request of the connection."""
+    head = HEAD + b"".join(b"x-%d: %s\r\n" % (number, b"y" * 1000) for number in range(58))
+    async with serving(Application()) as (_, port):
+        told = await talk(
+            port,
+            head[:30_000],
+            head[30_000:] + b"content-length: 100000\r\n\r\n",
+            b"x" * 100_000,
+            head + b"connection: close\r\ncontent-length: 0\r\n\r\n",
+        )
+
+    assert 2 == told.count(b"HTTP/1.1 200 ")
 
 
 @BOTH

@@ -1,7 +1,7 @@
-"""Ends connections whose client does not come to say what it wants; uvicorn would wait for ever.
+"""Ends connections whose client does not come to say what it wants; uvicorn would listen for ever.
 
-It looks at all of them once a second instead of keeping a timer for each request: what is found in the same phase of
-the same request for too long is ended. Only attributes that uvicorn's two HTTP/1.1 protocols share are read.
+Deadlines look at all connections twice a second instead of keeping a timer for each request: what is found in the same
+phase of the same request for too long is ended. Only attributes that uvicorn's two HTTP/1.1 protocols share are read.
 """
 
 from __future__ import annotations
@@ -10,11 +10,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
 from llm_serve import metrics
 from llm_serve.host.logs import get_logger
 from llm_serve.web.errors import error_response
 
 _HEADERS, _BODY = "headers", "body"
+MAX_HEAD_BYTES = 64 << 10
+
+
+class BoundedHead(AutoHTTPProtocol):  # type: ignore[misc,valid-type]  # which class it is, is decided when it is imported
+    """uvicorn's protocol, with an end to the head of a request; what its faster parser takes has none."""
+
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what has come."""
+        super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if _is_in_head(self) else 0
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            metrics.slow_clients.labels(_HEADERS).inc()
+            message = f"the head of the request is longer than {MAX_HEAD_BYTES} bytes."
+            self.transport.write(_answer("431 Request Header Fields Too Large", message, "head_too_large"))
+            self.transport.close()
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ class Deadlines:
             connection.transport.abort()  # it was told already, and does not even read that
         elif _may_be_told(connection, phase):
             message = f"the {phase} of the request took longer than {limit_s:g} s (server.{_OPTIONS[phase]})."
-            connection.transport.write(_timeout_answer(message))
+            connection.transport.write(_answer("408 Request Timeout", message, "request_timeout"))
         connection.transport.close()
 
 
@@ -76,10 +95,15 @@ def _may_be_told(connection: Any, phase: str) -> bool:
     """False where an answer would be taken for something else: in the middle of one, or before any request."""
     if phase == _BODY:
         return not connection.cycle.response_started
+    return _is_in_head(connection)
+
+
+def _is_in_head(connection: Any) -> bool:
+    """True from the first byte of a request to the end of its headers; always False for uvicorn's slower parser."""
     return connection.scope is not None and "method" not in connection.scope
 
 
-def _timeout_answer(message: str) -> bytes:
-    body = bytes(error_response(408, message, code="request_timeout").body)
-    head = f"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+def _answer(status: str, message: str, code: str) -> bytes:
+    body = bytes(error_response(int(status[:3]), message, code=code).body)
+    head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return head.encode() + b"connection: close\r\n\r\n" + body

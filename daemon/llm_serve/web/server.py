@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from llm_serve.web.deadlines import Deadlines, Timeouts
+from llm_serve.web.deadlines import BoundedHead, Deadlines, Timeouts
 
 _LAST_WORDS_S = 2.0
 _KEEP_ALIVE_S = 75
@@ -31,6 +31,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedHead,
                 lifespan="off",
                 access_log=False,
                 log_config=None,
