@@ -107,6 +107,8 @@ class Gate:
         for waiter in self._admission.due():
             self._let_in_at.append(time.monotonic())
             waiter.decide(Verdict.admitted)
+        if not self._admission:
+            self._let_in_at.clear()  # the pace of a queue that is over says nothing about the next one
 
     # What clients meet.
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -105,4 +105,5 @@ class Ticker:
                 sending = asyncio.create_task(stream.keep_alive(now))
                 self._sending.add(sending)
                 sending.add_done_callback(self._sending.discard)
+                await asyncio.sleep(0)  # a body that has to be looked at takes milliseconds; a crowd's, one by one
         self._ticking = None
