@@ -25,7 +25,7 @@ from llm_serve.host.demo_model import default_cache, ensure_demo_model
 from tests.bench.load import percentile
 from tests.daemon import ENGINE, MODEL_NAME, Daemon
 
-_TOKENS = 50
+_FEWEST_TOKENS, _SPREAD = 30, 41
 _KEYS = {"many": "many-0123456789", "few": "few-0123456789"}
 _TURN = ["many"] * 10 + ["few"]
 _SETTLE_S = 15.0
@@ -35,29 +35,31 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: whose it was, its status, how long the answer took, and when it ended."""
+    """One request: whose it was, its status and tokens, how long the answer took, and when it ended."""
 
     key: str
     status: int
+    tokens: int
     seconds: float
     ended: float
 
 
 async def ask(session: aiohttp.ClientSession, url: str, key: str, number: int) -> Sample:
-    """One completion of a fixed number of tokens, not streamed."""
+    """One completion, not streamed. The lengths differ, so that requests do not end in bursts."""
+    tokens = _FEWEST_TOKENS + number * 7 % _SPREAD
     body = {
-        "model": MODEL_NAME, "prompt": f"Once upon a time ({number})", "max_tokens": _TOKENS, "ignore_eos": True,
+        "model": MODEL_NAME, "prompt": f"Once upon a time ({number})", "max_tokens": tokens, "ignore_eos": True,
         "temperature": 0,
     }  # fmt: skip
     began = time.perf_counter()
     headers = {"authorization": f"Bearer {_KEYS[key]}"}
     async with session.post(f"{url}/v1/completions", json=body, headers=headers) as answer:
         await answer.read()
-        return Sample(key, answer.status, time.perf_counter() - began, time.perf_counter())
+        return Sample(key, answer.status, tokens, time.perf_counter() - began, time.perf_counter())
 
 
 async def peak(url: str, *, streams: int, seconds: float) -> float:
-    """Completed requests per second of a closed loop."""
+    """Tokens per second, of completed requests, in a closed loop."""
     numbers, done = iter(range(1_000_000)), list[Sample]()
     until = time.perf_counter() + seconds
 
@@ -72,7 +74,7 @@ async def peak(url: str, *, streams: int, seconds: float) -> float:
     assert {200} == {sample.status for sample in done}
     # The first and last requests find a batch that is not full: only what ended in between counts.
     first, last = began + seconds / 4, ended - seconds / 4
-    return sum(first <= sample.ended < last for sample in done) / (last - first)
+    return sum(sample.tokens for sample in done if first <= sample.ended < last) / (last - first)
 
 
 async def overload(url: str, *, per_s: float, seconds: float) -> tuple[list[Sample], float]:
@@ -101,19 +103,21 @@ def evaluate(samples: list[Sample], began: float, seconds: float, goodput: float
     """The figures of one overload, after the queue had filled."""
     settled = [sample for sample in samples if sample.ended >= began + _SETTLE_S]
     served = [sample for sample in settled if sample.status == 200]
+    assert collections.Counter(sample.status for sample in samples).keys() == {200, 503}
     refused = [sample.seconds * 1000 for sample in samples if sample.status == 503]
-    assert len(served) + len(refused) >= len(settled), "an answer is neither 200 nor 503"
-    by_key = collections.Counter(sample.key for sample in served)
-    per_s = len(served) / (seconds - _SETTLE_S)
+    by_key: collections.Counter[str] = collections.Counter()
+    for sample in served:
+        by_key[sample.key] += sample.tokens
+    per_s = by_key.total() / (seconds - _SETTLE_S)
     return {
         "refused": float(len(refused)),
         "refused_p50_ms": percentile(refused, 0.50),
         "refused_p99_ms": percentile(refused, 0.99),
         "refused_max_ms": max(refused),
-        "goodput_per_s": per_s,
+        "goodput_tokens_per_s": per_s,
         "goodput_ratio": per_s / goodput,
-        "served_many": float(by_key["many"]),
-        "served_few": float(by_key["few"]),
+        "tokens_many": float(by_key["many"]),
+        "tokens_few": float(by_key["few"]),
         "few_to_many": by_key["few"] / max(1, by_key["many"]),
         "wait_p50_s": percentile([sample.seconds for sample in served], 0.5),
     }
@@ -136,16 +140,18 @@ def measure(model: Path, factors: list[float], seconds: float) -> Figures:
 
 async def _measure(url: str, factors: list[float], seconds: float) -> Figures:
     slots = int(ENGINE["max_num_seqs"])
-    await peak(url, streams=slots, seconds=5)
+    await peak(url, streams=slots, seconds=8)
     peaks = [await peak(url, streams=streams, seconds=20) for streams in (slots, slots + slots // 4)]
     found: dict[float, tuple[list[Sample], float, float]] = {}
     for factor in factors:
         length = seconds if factor == factors[0] else _SETTLE_S + 10
-        samples, began = await overload(url, per_s=factor * max(peaks), seconds=length)
+        per_s = factor * max(peaks) / (_FEWEST_TOKENS + _SPREAD // 2)
+        samples, began = await overload(url, per_s=per_s, seconds=length)
         found[factor] = samples, began, length
         await asyncio.sleep(3)
     peaks.append(await peak(url, streams=slots + slots // 4, seconds=20))
-    figures: Figures = {"peak_per_s": max(peaks), "lowest_peak_per_s": min(peaks)}
+    print("peaks, tokens/s:", *(f"{each:.0f}" for each in peaks), flush=True)
+    figures: Figures = {"peak_tokens_per_s": max(peaks), "lowest_peak_tokens_per_s": min(peaks)}
     for factor, (samples, began, length) in found.items():
         figures |= {
             f"{name}@{factor:g}x": value for name, value in evaluate(samples, began, length, max(peaks)).items()

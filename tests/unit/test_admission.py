@@ -139,28 +139,35 @@ def test_nobody_passes_those_who_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "newcomer", "refused"),
+    ("limit", "waiting", "is_let_wait"),
     [
-        pytest.param([(A, "a1"), (A, "a2"), (A, "a3")], A, "new", id="its own key fills the queue"),
-        pytest.param([(A, "a1"), (A, "a2"), (A, "a3")], B, "a3", id="another key fills it: the newest of that goes"),
-        pytest.param([(A, "a1"), (A, "a2"), (B, "b1")], B, "new", id="equal shares afterwards are no gain"),
-        pytest.param([(A, "a1"), (B, "b1"), (C, "c1")], b"d", "new", id="everybody has one"),
-        pytest.param([(A, "a1"), (B, "b1"), (B, "b2")], C, "b2", id="the longest line gives way"),
+        pytest.param(0, {}, False, id="no queue"),
+        pytest.param(1, {}, True, id="a queue of one"),
+        pytest.param(1, {A: 1}, False, id="a full queue of one"),
+        pytest.param(10, {A: 7}, True, id="less than four times what is free"),
+        pytest.param(10, {A: 8}, False, id="four times what is free"),
+        pytest.param(10, {B: 8}, True, id="another key has left room"),
+        pytest.param(10, {B: 5, C: 4}, True, id="the last place, for a key that has none"),
+        pytest.param(10, {A: 4, B: 5}, False, id="the last place, for a key that has some"),
+        pytest.param(10, {B: 5, C: 5}, False, id="full"),
     ],
 )
-def test_a_full_queue_is_shared(waiting: list[tuple[bytes, str]], newcomer: bytes, refused: str) -> None:
-    """Nobody keeps another out by filling the queue; but none is refused to make room for its equal."""
-    queue: Admission[str] = Admission(3)
-    for key, item in waiting:
-        assert queue.wait(key, item) is None
+def test_no_key_takes_all_of_the_queue(limit: int, waiting: dict[bytes, int], is_let_wait: bool) -> None:
+    """A request of key A comes to a queue in which so many of each key wait."""
+    queue: Admission[str] = Admission(limit)
+    for number in range(limit):
+        for key, count in waiting.items():
+            if number < count:
+                queue._queue.push(key, f"{key!r}{number}")
 
-    assert refused == queue.wait(newcomer, "new")
-    assert 3 == len(queue)
+    assert is_let_wait is queue.wait(A, "new")
 
 
-def test_a_queue_of_length_zero_refuses() -> None:
-    """max_queued = 0 means that nobody waits."""
-    assert "new" == Admission[str](0).wait(A, "new")
+def test_a_queue_of_one_key_may_be_filled_by_it() -> None:
+    """Where there is nobody to share with, max_queued is what it says."""
+    queue: Admission[str] = Admission(10, is_shared=False)
+
+    assert [True] * 10 + [False] == [queue.wait(A, str(number)) for number in range(11)]
 
 
 def test_who_leaves_is_forgotten() -> None:
@@ -219,16 +226,17 @@ class Rules(RuleBasedStateMachine):
             return
         self.number += 1
         item = (key, self.number)
-        before = {each: len(line) for each, line in self.waiting.items()}
-        refused = self.queue.wait(key, item)
-        if refused == item:
-            assert sum(before.values()) == self.LIMIT
-            assert max(before.values()) <= before[key] + 1
-            return
-        self.waiting[key].append(item)
-        if refused is not None:
-            assert refused == self.waiting[refused[0]].pop(), "not the newest of its key"
-            assert before[refused[0]] > before[key] + 1
+        free = self.LIMIT - sum(map(len, self.waiting.values()))
+        if self.queue.wait(key, item):
+            self.waiting[key].append(item)
+        else:
+            assert len(self.waiting[key]) >= 4 * free, "it was not greedy"
+
+    @invariant()
+    def nobody_is_kept_out_by_one_other(self) -> None:
+        """One key alone cannot fill the queue."""
+        if [key for key, line in self.waiting.items() if line] == [A]:
+            assert len(self.waiting[A]) < self.LIMIT
 
     @precondition(lambda self: any(self.waiting.values()))
     @rule(choice=st.randoms(use_true_random=False))

@@ -4,7 +4,9 @@ Invariants, checked after every step in tests:
 - nobody is let in past those who wait, and nobody while the gate is closed;
 - what is let in never exceeds the engine's batch and the reserve behind it;
 - of those who wait, each key's go in their order, and the keys take turns;
-- no more than the limit wait, and no key keeps another out of the queue that waits with fewer;
+- no more than the limit wait, and no key takes more than four times what it leaves free for others, so that there is a
+  place for a key that comes late (dynamic thresholds, as in switches with shared memory; to throw out one who waits
+  already would break a promise);
 - everybody who enters is let in, refused, or leaves: nobody is lost.
 """
 
@@ -18,6 +20,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 _FULL_CACHE = 0.9
+_GREED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +72,9 @@ class Queue(Generic[T]):
         self._took_from(key, line)
         return True
 
-    def displace(self, key: bytes) -> T | None:
-        """Take the newest of the key with the most out, if that is fair to it: `key` still has fewer afterwards."""
-        longest = max(self._lines, key=lambda each: len(self._lines[each]), default=key)
-        line = self._lines.get(longest, OrderedDict())
-        if len(line) <= len(self._lines.get(key, ())) + 1:
-            return None
-        item, _ = line.popitem()
-        self._took_from(longest, line)
-        return item
+    def count(self, key: bytes) -> int:
+        """How many of this key wait."""
+        return len(self._lines.get(key, ()))
 
     def _took_from(self, key: bytes, line: OrderedDict[T, None]) -> None:
         self._length -= 1
@@ -86,10 +83,13 @@ class Queue(Generic[T]):
 
 
 class Admission(Generic[T]):
-    """The queue before one engine after another, at most `limit` long, and the count of what they were given."""
+    """The queue before one engine after another, at most `limit` long, and the count of what they were given.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    A queue that is not shared is all of one key, which then may fill it.
+    """
+
+    def __init__(self, limit: int, *, is_shared: bool = True) -> None:
+        self._limit, self._is_shared = limit, is_shared
         self._queue: Queue[T] = Queue()
         self._load = IDLE
         self._since_step = 0
@@ -127,15 +127,13 @@ class Admission(Generic[T]):
         self._let_in()
         return True
 
-    def wait(self, key: bytes, item: T) -> T | None:
-        """Let `item` wait. Returns who is refused for it: nobody, another one, or itself."""
-        displaced: T | None = None
-        if len(self._queue) >= self._limit:
-            displaced = self._queue.displace(key)
-            if displaced is None:
-                return item
+    def wait(self, key: bytes, item: T) -> bool:
+        """Let `item` wait. False when there is no room for it."""
+        free = self._limit - len(self._queue)
+        if free <= 0 or (self._is_shared and self._queue.count(key) >= _GREED * free):
+            return False
         self._queue.push(key, item)
-        return displaced
+        return True
 
     def withdraw(self, key: bytes, item: T) -> bool:
         """Let `item` wait no longer. False when it had been taken out before."""

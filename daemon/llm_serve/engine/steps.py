@@ -53,8 +53,8 @@ class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any h
             self.last_step_at = self._clock()
         if mark is not None:
             self._marks[engine_idx] = mark
-            if self._tell is not None:
-                self._tell(self._load())
+        if scheduler_stats is not None and self._tell is not None:
+            self._tell(self._load())
 
     def _load(self) -> Load:
         running, waiting, used = zip(*self._marks.values(), strict=True)

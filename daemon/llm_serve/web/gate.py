@@ -61,7 +61,7 @@ class Gate:
         self._keys, self._limits, self._operations = keys, limits, operations
         self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
         self._routes = [_route(method, path) for method, path in routes]
-        self._admission: Admission[Waiter] = Admission(limits.max_queued)
+        self._admission: Admission[Waiter] = Admission(limits.max_queued, is_shared=keys.are_shared)
         self._ticker = Ticker(limits.stream_keep_alive_s)
         self._budget = Budget()
         self._refusal: Refusal | None = None
@@ -186,10 +186,8 @@ class Gate:
 
     async def _hold(self, waiter: Waiter, path: str, answer: Answer, holder: bytes) -> Verdict:
         """Let one request wait until something is decided, at most for `hold_timeout_s`."""
-        if (displaced := self._admission.wait(holder, waiter)) is waiter:
+        if not self._admission.wait(holder, waiter):
             return Verdict.full
-        if displaced is not None:
-            displaced.decide(Verdict.full)
         metrics.requests_held.set(self.held)
         if path in STREAMED:
             answer.wants_stream = waiter.body.wants_stream

@@ -13,6 +13,11 @@ class Keys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
+    @property
+    def are_shared(self) -> bool:
+        """False when all requests count for one and the same."""
+        return len(self._digests) != 1
+
     def holder(self, headers: Mapping[bytes, bytes], client: tuple[str, int] | None) -> bytes | None:
         """The digest of a request's key, or where there are no keys the client's address. None without a valid key.
 
