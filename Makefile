@@ -16,7 +16,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  BACKEND=cpu|cuda picks the build of vLLM (default: what the machine has); VENV=DIR the place;"
-	@echo "  PYTEST_ARGS='-k word' goes to pytest, BENCH_ARGS='--rounds 5' to the bench."
+	@echo "  PYTEST_ARGS='-k word' goes to pytest, BENCH_ARGS='--rounds 5' to the bench; LLM_SERVE_REPEAT=10 repeats faults."
 
 setup: ## make the environment (.venv) from the locks; a second run ends at once
 	@$(INSTALL)
@@ -27,8 +27,9 @@ dev: ## as setup, with what tests and checks need
 demo: setup ## serve the embedded model on 127.0.0.1:8000, on the CPU or the GPU
 	@$(BIN)/llm-serve demo
 
-faults: dev ## hurt real engines in every way of the fault matrix, and print a table of figures (15 min.)
-	@$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+faults: dev ## hurt real engines in every way of the fault matrix, and print a table of figures (25 min.)
+	@packaging/test-tools
+	@$(BIN)/python -m pytest tests/faults tests/system/test_recovery.py $(PYTEST_ARGS)
 
 test: dev ## run all tests but the faults (as root it first installs the programs that some of them need)
 	@packaging/test-tools
@@ -51,10 +52,11 @@ format: dev ## let ruff rewrite the layout
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-bench: dev ## measure against vLLM's own server: start, load, memory, idle CPU (15 min.)
+bench: dev ## measure against vLLM's own server: start, load, memory, idle CPU, recovery (25 min.)
 	@$(BIN)/python -m tests.bench.bench_decode $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_serve $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_survivor $(BENCH_ARGS)
+	@$(BIN)/python -m tests.bench.bench_recovery $(BENCH_ARGS)
 
 lock: dev ## resolve the locks anew (packaging/locks/README.md)
 	@$(BIN)/python packaging/lock --uv $(BIN)/uv

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +75,8 @@ def instance_text(model: str | Path, tables: Tables) -> str:
 class Daemon:
     """`llm-serve run FILE` with folders of its own, by which whatever it leaves behind can be found.
 
-    `tables` are those of the instance file; a free port, and the settings in ENGINE, are filled in.
+    `tables` are those of the instance file; a free port, and the settings in ENGINE, are filled in. `wrapped_in` is a
+    command that becomes the one that follows it.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Daemon:
         *,
         text: str | None = None,
         environ: Mapping[str, str] | None = None,
+        wrapped_in: Sequence[str] = (),
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lls-"))  # short: the path of a unix socket has 107 characters
         self.runtime, self.temporary = self.folder / "run", self.folder / "tmp"
@@ -98,6 +100,7 @@ class Daemon:
         engine = dict(ENGINE) | dict(tables.get("engine", {}))
         whole = dict(tables) | {"server": server, "engine": engine}
         self.file.write_text(text if text is not None else instance_text(model, whole))
+        self._wrapped_in = wrapped_in
         self._log = self.folder / "log"
         self._environ = self._environment() | dict(environ or {})
         self._shared_before = set(_SHARED_MEMORY.iterdir())
@@ -117,7 +120,7 @@ class Daemon:
         """Start the process and return at once."""
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CONSOLE_ENTRY, "run", str(self.file)],
+                [*self._wrapped_in, sys.executable, "-c", _CONSOLE_ENTRY, "run", str(self.file)],
                 env=self._environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         return self

@@ -18,6 +18,8 @@ from llm_serve.core.status import Snapshot
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _RECOVERY_BUCKETS_S = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 300, 600, 1800)
 OUTCOMES = ("completed", "replayed", "resumed", "interrupted", "rejected", "poisoned", "aborted")
+REFUSALS = ("full", "late", "stopping")
+_HOLD_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -34,6 +36,20 @@ requests_held = Gauge("llm_serve_requests_held", "Requests that wait for an engi
 requests = Counter("llm_serve_requests", "Requests for the model by how they ended.", ["outcome"])
 for _outcome in OUTCOMES:
     requests.labels(_outcome)
+
+hold_seconds = Histogram(
+    "llm_serve_hold_seconds", "How long requests waited at the gate that did wait.", buckets=_HOLD_BUCKETS_S
+)
+refusals = Counter("llm_serve_refusals", "Requests that the gate has answered with 503, by reason.", ["reason"])
+for _reason in REFUSALS:
+    refusals.labels(_reason)
+slow_clients = Counter(
+    "llm_serve_slow_clients",
+    "Connections ended because a part of the request took too long, or was too long.",
+    ["part"],
+)
+for _part in ("headers", "body"):
+    slow_clients.labels(_part)
 
 
 class SnapshotCollector:

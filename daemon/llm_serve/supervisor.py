@@ -57,6 +57,7 @@ class Supervisor:
         self._instance, self._notifier, self._factory, self._collector = instance, notifier, factory, collector
         self._situation = machine.Situation(_limits(instance.settings), Course(instance.plan), since=time.monotonic())
         self._started = time.monotonic()
+        self._vllm_version = installed_vllm()  # read once: it takes a descriptor, and there may be none later
         self._on_ready = on_ready
         self._events: asyncio.Queue[machine.Event] = asyncio.Queue()
         self._heard = 0
@@ -96,7 +97,7 @@ class Supervisor:
             phase=phase.name,
             progress=phase.ratio,
             version=__version__,
-            vllm_version=installed_vllm(),
+            vllm_version=self._vllm_version,
             pid=os.getpid(),
             listen=settings.server.listen,
             source=settings.source,
@@ -227,6 +228,8 @@ class Supervisor:
             self._failed_at = self._failed_at or time.monotonic()
         if now.course != before.course and now.course.steps:
             get_logger().warning("the plan has changed", rung=now.course.rung, reason=now.course.steps[-1].reason)
+        if now.trials_failed > before.trials_failed:
+            get_logger().warning("the larger plan has failed again", rung=now.course.rung, why=now.why)
         if now.state is not before.state:
             get_logger().info(f"{before.state} -> {now.state}", state=now.state.value, why=now.why, epoch=now.epoch)
         self._notifier.status(self.snapshot().line)
@@ -247,7 +250,7 @@ class Supervisor:
             case machine.Pause(epoch, seconds):
                 self._spawn(self._pause(epoch, seconds))
             case machine.OpenGate():
-                self._open_gate(self.gate)
+                self._admit_to_engine(self.gate)
             case machine.Announce():
                 self._announce()
             case machine.CloseGate(refuse):
@@ -259,9 +262,6 @@ class Supervisor:
                 self._begin_drain(self.gate)
             case machine.StopEngine():
                 self._spawn(self._stop_engine())
-
-    def _open_gate(self, gate: Gate) -> None:
-        gate.open(self._model)
 
     def _close_gate(self, gate: Gate, *, refuse: bool) -> None:
         if not refuse:
@@ -275,6 +275,14 @@ class Supervisor:
             self._failed_at = None
         self._notifier.ready()
         self._on_ready()
+
+    def _admit_to_engine(self, gate: Gate) -> None:
+        """Open the gate as wide as the engine's batch, and let it know of every step."""
+        slots, engine = self._factory.built.max_num_seqs, self._engine
+        if engine is not None:
+            engine.steps.tell(gate.note)
+            slots = slots and slots * (engine.args.data_parallel_size or 1)
+        gate.open(self._model, slots)
 
     async def _pause(self, epoch: int, seconds: float) -> None:
         await asyncio.sleep(seconds)

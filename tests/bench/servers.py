@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -69,14 +70,19 @@ def llm_serve(model: Path, cache: Path) -> Iterator[Running]:
 def vllm_server(model: Path, cache: Path) -> Iterator[Running]:
     """vLLM's own API server."""
     port = _free_port()
+    command = vllm_command(model, port, ARGUMENTS)
+    with _started(command, port, cache, {}) as running:
+        yield running
+
+
+def vllm_command(model: Path, port: int, arguments: Mapping[str, Any]) -> list[str]:
+    """The command line of vLLM's own API server."""
     options = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in ARGUMENTS.items()
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in arguments.items()
     ]
     where = [f"--model={model}", f"--served-model-name={MODEL_NAME}", "--host=127.0.0.1", f"--port={port}"]
     quiet = ["--disable-uvicorn-access-log"]
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *where, *quiet, *options]
-    with _started(command, port, cache, {}) as running:
-        yield running
+    return [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *where, *quiet, *options]
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
-"""Daemons to be hurt, faults made on cue, and the table of figures at the end of the run."""
+"""Daemons to be hurt, and faults made on cue."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import pytest
 
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
-from tests.daemon import Daemon, eventually
+from tests.daemon import Daemon
+from tests.figures import ROWS, Watch, report, watch_of
 
 _INJECT = Path(__file__).parent / "inject"
-_ROWS: list[dict[str, Any]] = []
 
 
 class Fault:
@@ -77,62 +76,26 @@ def daemon(model: Path) -> Iterator[Callable[..., Daemon]]:
         each.destroy()
 
 
-class Watch:
-    """Times what follows on a fault, for one row of the table."""
-
-    def __init__(self, row: str, fault: str) -> None:
-        self._row: dict[str, Any] = {"row": row, "fault": fault}
-        self._began = time.monotonic()
-
-    def begin(self) -> None:
-        """Now the fault happens."""
-        self._began = time.monotonic()
-
-    def detected(self, daemon: Daemon, within_s: float) -> None:
-        """Wait until the daemon has noticed: it is not ready any more."""
-        eventually(
-            lambda: daemon.http.get("/readyz").status_code, lambda code: code == 503, within_s=within_s, what="notice"
-        )
-        self._row["detected after s"] = round(time.monotonic() - self._began, 2)
-
-    def serving(self, daemon: Daemon, within_s: float = 120) -> None:
-        """Wait until a request is answered again."""
-        eventually(
-            lambda: daemon.chat("Hi.", max_tokens=1).status_code,
-            lambda code: code == 200,
-            within_s=within_s,
-            what="an answer",
-        )
-        self._row["serving after s"] = round(time.monotonic() - self._began, 2)
-        self.note(daemon)
-
-    def note(self, daemon: Daemon) -> None:
-        """Starts and rung, as /status has them."""
-        status = daemon.status()
-        self._row |= {"starts": status["engine_starts"], "rung": status["rung"]}
-
-    def figure(self, **values: Any) -> None:
-        """Further figures of this row."""
-        self._row |= values
-
-
 @pytest.fixture
 def watch(request: pytest.FixtureRequest) -> Watch:
-    """The row of this test, named by its marker `row`."""
-    row = request.node.get_closest_marker("row")
-    assert row is not None, "a test of a fault names its row"
-    watch = Watch(*row.args)
-    _ROWS.append(watch._row)
-    return watch
+    """The row of this test in the table of figures."""
+    return watch_of(request)
+
+
+def engine_core(daemon: Daemon) -> int:
+    """The pid of EngineCore: the engine's process that the others were started for."""
+    return int(min(daemon.status()["engine_pids"]))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """LLM_SERVE_REPEAT=10 runs each test ten times; the table then has p50 and maximum."""
+    if (times := int(os.environ.get("LLM_SERVE_REPEAT", "1"))) > 1:
+        metafunc.fixturenames.append("repeat")
+        metafunc.parametrize("repeat", range(times))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table, and as JSON where LLM_SERVE_FIGURES says."""
-    if not _ROWS:
-        return
-    terminalreporter.write_sep("=", "faults")
-    for row in sorted(_ROWS, key=lambda row: str(row["row"]).zfill(3)):
-        rest = {key: value for key, value in row.items() if key not in ("row", "fault")}
-        terminalreporter.write_line(f"{row['row']:>4}  {row['fault']:44} {rest}")
-    if path := os.environ.get("LLM_SERVE_FIGURES"):
-        Path(path).write_text(json.dumps(_ROWS, indent=1))
+    """Print the table."""
+    if ROWS:
+        terminalreporter.write_sep("=", "faults")
+        report(terminalreporter.write_line)

@@ -19,17 +19,13 @@ import psutil
 import pytest
 
 from tests.daemon import Daemon, Stream, eventually
-from tests.faults.conftest import Fault, Watch
+from tests.faults.conftest import Fault, engine_core
+from tests.figures import Watch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
 MakeDaemon = Callable[..., Daemon]
 STALL = {"recovery": {"stall_timeout_s": 20}}
-
-
-def engine_core(daemon: Daemon) -> int:
-    """The pid of EngineCore: the engine's process that the others were started for."""
-    return int(min(daemon.status()["engine_pids"]))
 
 
 def engine_processes(daemon: Daemon) -> list[psutil.Process]:
@@ -138,7 +134,7 @@ def test_weights_that_are_cut_short(daemon: MakeDaemon, watch: Watch, model: Pat
     assert 78 == failing.wait_for_exit(120)
     assert 1 == failing.log().count("engine start 1") or "engine start 2" not in failing.log()
     assert "download the file again" in failing.log().lower()
-    watch.figure(**{"exit": 78, "after s": round(time.monotonic() - watch._began, 1)})
+    watch.figure(**{"exit": 78, "after s": round(watch.passed_s, 1)})
 
 
 @pytest.mark.row("5b", "EngineCore killed while it loads")
@@ -240,7 +236,7 @@ def test_a_start_that_hangs(daemon: MakeDaemon, watch: Watch, fault: Fault) -> N
         within_s=40,
         what="the stall",
     )
-    watch.figure(**{"detected after s": round(time.monotonic() - watch._began, 1)})
+    watch.figure(**{"detected after s": round(watch.passed_s, 1)})
     assert 200 == asked.result(120).status_code
     assert_recovered(loading, watch)
 
@@ -315,7 +311,7 @@ def test_out_of_memory_at_every_start_walks_the_whole_ladder(daemon: MakeDaemon,
     starts = log.count("engine failed")
     assert starts == log.count("the plan has changed") + 1
     assert "rung 1" in log.splitlines()[-1] or "rung 1" in log[log.rindex("exit") :]
-    watch.figure(starts=starts, exit=70, **{"after s": round(time.monotonic() - watch._began, 1)})
+    watch.figure(starts=starts, exit=70, **{"after s": round(watch.passed_s, 1)})
 
 
 @pytest.mark.row("8", "out of memory while serving (injected)")
@@ -373,8 +369,8 @@ def test_a_crash_loop_backs_off_and_gives_up(daemon: MakeDaemon, watch: Watch, f
 
     assert 4 == fault.made
     assert "gave up after 4 engine starts" in failing.log()
-    assert "Aborted" in failing.log()
-    watch.figure(starts=4, exit=70, **{"after s": round(time.monotonic() - watch._began, 1)})
+    assert "SIGABRT" in failing.log()
+    watch.figure(starts=4, exit=70, **{"after s": round(watch.passed_s, 1)})
 
 
 @pytest.mark.row("29", "descriptors run out")
@@ -391,6 +387,7 @@ def test_descriptors_run_out(daemon: MakeDaemon, watch: Watch) -> None:
     watch.begin()
     process.rlimit(psutil.RLIMIT_NOFILE, before)
 
+    serving.wait_ready(within_s=30)
     watch.serving(serving, within_s=30)
     assert busy < 90
     assert 1 == serving.status()["engine_starts"]

@@ -18,9 +18,10 @@ import psutil
 import pytest
 
 from tests.daemon import MODEL_NAME, Daemon, Later, Stream
-from tests.faults.conftest import Fault, Watch
+from tests.faults.conftest import Fault
 from tests.faults.mixed import CATALOG, Ask, Got
 from tests.faults.test_engine import engine_processes
+from tests.figures import Watch
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1800)]
 TABLES: Mapping[str, Mapping[str, Any]] = {
@@ -176,7 +177,7 @@ def test_the_company_of_a_poison_request_is_answered(daemon: Callable[..., Daemo
 
     assert _is_refused(poison.result(200))
     for stream in streams:
-        stream.wait(200)
+        stream.wait(200).close()
 
     serving.wait_ready()
     watch.serving(serving)

@@ -62,6 +62,7 @@ class Stage:
             "server": {"listen": f"127.0.0.1:{made.port}"},
             "engine": engine | tables.get("engine", {}),
             "recovery": recovery | tables.get("recovery", {}),
+            "engine.env": tables.get("env", {"VLLM_USE_FLASHINFER_SAMPLER": "0"}),
         }
         made.file.write_text(instance_text(self.model, whole))
         try:
@@ -122,7 +123,7 @@ def start(stage: Stage) -> Row:
     row: Row = {}
     for name in ("cold", "warm"):
         began = time.monotonic()
-        with stage.daemon() as daemon:
+        with stage.daemon(env={}) as daemon:
             until_serving(daemon, 1, 400)
             row[f"{name} start s"] = round(time.monotonic() - began, 1)
             row[name] = _story(daemon)
@@ -176,7 +177,7 @@ def under_load(stage: Stage) -> Row:
             row["next token s"].append(round(time.monotonic() - began, 2))
             until_serving(daemon, epoch + 1)
             for stream in streams:
-                stream.wait(200)
+                stream.wait(200).close()
         row["complete"] = sum(stream.finish_reasons == ["length"] for stream in streams)
         row["phases"] = _phases(daemon, epoch + 1)
     row["median s"] = statistics.median(row["next token s"])
@@ -189,6 +190,35 @@ def _phases(daemon: Daemon, epoch: int) -> list[str]:
     begun = max(number for number, line in enumerate(lines) if "serving -> recovering" in line)
     words = ("serving", "engine failed", "%", "took", "Loading", "Starting to load", "graph", "Graph", "KV cache")
     return [line[:150] for line in lines[begun:] if any(word in line for word in words)][:60]
+
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "start-up plan": {"env": {"VLLM_ENABLE_STARTUP_PLAN": "1"}},
+    "KV size given": {"engine": {"kv_cache_memory_bytes": 110 << 30}},
+    "KV size given, few graphs": {
+        "engine": {"kv_cache_memory_bytes": 110 << 30, "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128]},
+    },
+    "eager": {"engine": {"enforce_eager": True, "kv_cache_memory_bytes": 110 << 30}},
+}
+"""What may make a rebuild faster; each is tried by itself."""
+
+
+def rebuilds(stage: Stage) -> Row:
+    """Seconds from the death of an idle engine to the next answer, by variant; the second of two kills."""
+    row: Row = {}
+    for name, variant in _VARIANTS.items():
+        env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | variant.get("env", {})
+        with stage.daemon(env=env, engine=variant.get("engine", {})) as daemon:
+            until_serving(daemon, 1, 300)
+            for _ in range(2):
+                began = time.monotonic()
+                os.kill(engine_core(daemon), signal.SIGKILL)
+                assert daemon.chat(max_tokens=1).status_code == 200
+                row[name] = round(time.monotonic() - began, 2)
+            lines = [line[:120] for line in _phases(daemon, 3) if "Capturing" not in line]
+            row[f"{name}: log"] = lines if name != "as it is" else []
+    return row
 
 
 def frozen(stage: Stage) -> Row:
@@ -243,7 +273,8 @@ def device_error(stage: Stage) -> Row:
 
 
 SCENES: dict[str, Callable[[Stage], Row]] = {
-    scene.__name__: scene for scene in (start, kills, under_load, frozen, memory_held, memory_taken, device_error)
+    scene.__name__: scene
+    for scene in (start, kills, under_load, rebuilds, frozen, memory_held, memory_taken, device_error)
 }
 
 

@@ -7,10 +7,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
+from tests.figures import ROWS, Watch, report, watch_of
 from tests.system.machine import Machine, machine
 
 PROJECT = Path(__file__).parents[2]
@@ -31,6 +33,19 @@ def box() -> Iterator[Machine]:
         built.run("systemd-tmpfiles", "--create", "/usr/lib/tmpfiles.d/llm-serve.conf")
         built.run("chown", "-R", "llm-serve:llm-serve", "/var/cache/llm-serve")
         yield built
+
+
+@pytest.fixture
+def watch(request: pytest.FixtureRequest) -> Watch:
+    """The row of this test in the table of figures."""
+    return watch_of(request)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the table."""
+    if ROWS:
+        terminalreporter.write_sep("=", "faults")
+        report(terminalreporter.write_line)
 
 
 def _install(built: Machine, model: Path) -> None:

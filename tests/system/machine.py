@@ -93,6 +93,15 @@ class Machine:
         assert not check or done.returncode == 0, f"{command}: {done.returncode}: {done.stdout}{done.stderr}"
         return done
 
+    def host_pid(self, pid: str) -> int:
+        """The number by which this host knows a process of the machine."""
+        for process in psutil.Process(self._leader).children(recursive=True):
+            with contextlib.suppress(OSError, psutil.Error):
+                numbers = Path(f"/proc/{process.pid}/status").read_text().partition("NSpid:")[2].split("\n")[0].split()
+                if numbers[-1:] == [pid]:
+                    return process.pid
+        raise LookupError(f"the machine has no process {pid}")
+
     def popen(self, *command: str) -> subprocess.Popen[str]:
         """Start a program of this host in the machine's network."""
         where = ["nsenter", "-t", str(self._leader), "-n"]

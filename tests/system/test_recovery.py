@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from tests.control_group import memory_group
+from tests.figures import Watch
 from tests.system.machine import Machine
 
 pytestmark = [pytest.mark.system, pytest.mark.vllm, pytest.mark.timeout(400)]
@@ -48,17 +51,22 @@ def _status(box: Machine) -> dict[str, object]:
     return answer
 
 
-def test_what_was_learned_outlives_a_power_cut(small: Machine) -> None:
+@pytest.mark.row("26c", "power cut")
+def test_what_was_learned_outlives_a_power_cut(small: Machine, watch: Watch) -> None:
     """Two engine starts the first time, one after the power cut, on the same rung; `reset` makes it forget."""
     small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
     first = _status(small)
     assert (2, 1) == (first["engine_starts"], first["rung"])
 
     small.power_cut()
+    watch.begin()
     small.boot()
+    watch.mark("booted")
     small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
 
+    watch.mark("serving")
     second = _status(small)
+    watch.figure(starts=second["engine_starts"], rung=second["rung"])
     assert (1, 1) == (second["engine_starts"], second["rung"])
     assert first["max_model_len"] == second["max_model_len"]
 
@@ -67,16 +75,83 @@ def test_what_was_learned_outlives_a_power_cut(small: Machine) -> None:
     assert 2 == _status(small)["engine_starts"]
 
 
-def test_a_killed_daemon_begins_with_what_was_learned(small: Machine) -> None:
-    """Whatever ends the daemon, the kernel's OOM killer for one, systemd starts it and it starts one engine."""
+@pytest.mark.row("19", "daemon killed under load")
+def test_a_killed_daemon_begins_with_what_was_learned(small: Machine, watch: Watch) -> None:
+    """systemd starts it again, nothing of the old one is left, and one engine start on the learned rung is enough."""
     small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
-    main = small.show(UNIT, "MainPID")
+    main, old = small.show(UNIT, "MainPID"), _pids(small)
+    stream = _stream(small)
 
+    watch.begin()
     small.run("kill", "-9", main)
 
+    _assert_back_with_what_was_learned(small, main, old, watch)
+    assert "[DONE]" not in stream.communicate(timeout=30)[0]
+
+
+@pytest.mark.row("11", "daemon killed by the kernel for memory")
+def test_the_kernel_kills_the_daemon_for_memory(small: Machine, watch: Watch) -> None:
+    """As for any kill: systemd starts it again, nothing of the old one is left, and the learned rung is used."""
+    small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
+    main, old = small.show(UNIT, "MainPID"), _pids(small)
+    with memory_group() as group:
+        group.add(small.host_pid(main))
+        group.limit(1 << 20)
+
+        watch.begin()
+        stream = _stream(small)  # what it takes for a request is more than it may have now
+
+        small.wait_until(lambda: group.kills() == 1, 20, "the kernel's kill")
+        watch.mark("killed")
+        _assert_back_with_what_was_learned(small, main, old, watch)
+        stream.communicate(timeout=60)
+
+
+def _assert_back_with_what_was_learned(small: Machine, main: str, old: set[str], watch: Watch) -> None:
+    restarts = small.wait_until(lambda: int(small.show(UNIT, "NRestarts")), 30, "systemd to notice")
     small.wait_until(lambda: small.show(UNIT, "MainPID") not in {"0", main}, 60, "a new daemon")
+    watch.mark("new daemon")
     small.wait_until(lambda: small.show(UNIT, "SubState") == "running", _START_LIMIT_S, "READY")
-    assert (1, 1) == (_status(small)["engine_starts"], _status(small)["rung"])
+    watch.mark("serving")
+    status = _status(small)
+    assert (1, 1, 1) == (restarts, status["engine_starts"], status["rung"])
+    assert old
+    assert not old & _pids(small)
+    watch.figure(starts=status["engine_starts"], rung=status["rung"], orphans=0)
+
+
+@pytest.mark.row("17", "daemon's loop frozen (SIGSTOP)")
+def test_a_frozen_daemon_is_replaced_by_the_watchdog(small: Machine, watch: Watch) -> None:
+    """systemd ends it within WatchdogSec and a little, and the next one begins with what was learned."""
+    small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
+    main, old = small.show(UNIT, "MainPID"), _pids(small)
+    limit_s = int(small.show(UNIT, "WatchdogUSec").removesuffix("s"))
+
+    watch.begin()
+    small.run("kill", "-STOP", main)
+    small.wait_until(lambda: _noticed_by_watchdog(small), 2 * limit_s, "the watchdog")
+
+    watch.mark("detected")
+    assert watch.passed_s < limit_s + 5
+    _assert_back_with_what_was_learned(small, main, old, watch)
+
+
+def _noticed_by_watchdog(small: Machine) -> bool:
+    return any("Watchdog timeout" in str(entry.get("MESSAGE")) for entry in small.journal(UNIT))
+
+
+def _pids(box: Machine) -> set[str]:
+    """Every process of the service's user."""
+    return set(box.run("ps", "-u", "llm-serve", "-o", "pid=", check=False).stdout.split())
+
+
+def _stream(small: Machine) -> subprocess.Popen[str]:
+    """A client with an answer of a thousand tokens."""
+    body = {"model": "small", "prompt": "One", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    url = "http://127.0.0.1:8001/v1/completions"
+    stream = small.popen("curl", "-sSN", url, "-H", "content-type: application/json", "-d", json.dumps(body))
+    time.sleep(1)
+    return stream
 
 
 def test_what_never_fits_ends_failed_after_the_stated_number_of_starts(small: Machine) -> None:
@@ -95,27 +170,26 @@ def test_what_never_fits_ends_failed_after_the_stated_number_of_starts(small: Ma
     assert "floor_max_model_len" in str(last["WHY"])
 
 
-def test_a_stop_with_an_endless_stream_ends_at_the_deadline(small: Machine) -> None:
+@pytest.mark.row("21", "stop with an endless stream, drain 5 s")
+def test_a_stop_with_an_endless_stream_ends_at_the_deadline(small: Machine, watch: Watch) -> None:
     """The stream is cut with an error event after drain_timeout_s, long before systemd would kill."""
     small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
-    body = {"model": "small", "prompt": "One", "max_tokens": 1000, "ignore_eos": True, "stream": True}
-    stream = small.popen(
-        "curl", "-sSN", "http://127.0.0.1:8001/v1/completions", "-H", "content-type: application/json",
-        "-d", json.dumps(body),
-    )  # fmt: skip
-    time.sleep(1)
+    stream = _stream(small)
 
-    began = time.monotonic()
+    watch.begin()
     small.run("systemctl", "stop", UNIT, timeout=100)
+    stopped_s = watch.passed_s
+    watch.mark("stopped")
 
     text = stream.communicate(timeout=30)[0]
     assert '"error"' in text
     assert '"finish_reason":"length"' not in text
-    assert 4 < time.monotonic() - began < 20
+    assert 4 < stopped_s < 20
     assert "success" == small.show(UNIT, "Result")
 
 
-def test_a_journal_that_does_not_read_does_not_stop_the_loop(small: Machine) -> None:
+@pytest.mark.row("27", "journald frozen, 150 requests")
+def test_a_journal_that_does_not_read_does_not_stop_the_loop(small: Machine, watch: Watch) -> None:
     """With journald frozen, requests are answered and the loop goes on: at most log entries are late."""
     small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
     journald = small.show("systemd-journald", "MainPID")
@@ -132,4 +206,5 @@ def test_a_journal_that_does_not_read_does_not_stop_the_loop(small: Machine) -> 
             slowest = max(slowest, float(seconds))
     finally:
         small.run("kill", "-CONT", journald)
+    watch.figure(**{"longest answer ms": round(slowest * 1000)})
     assert slowest < 1.0

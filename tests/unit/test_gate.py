@@ -13,10 +13,14 @@ import pytest
 from prometheus_client import REGISTRY
 
 from llm_serve import metrics, passage
+from llm_serve.core.admission import Load, reserve
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.openai_routes import allowed
 from llm_serve.web import operations
-from llm_serve.web.gate import Gate, Keys, Limits, Message, Receive, Scope, Send
+from llm_serve.web.asgi import Message, Receive, Scope, Send
+from llm_serve.web.gate import Gate
+from llm_serve.web.keys import Keys
+from llm_serve.web.limits import Limits
 
 COMPLETIONS = "/v1/completions"
 KEY = {"authorization": "Bearer right"}
@@ -32,6 +36,7 @@ class Call:
     pieces: tuple[bytes, ...] = (b"{}",)
     answers: list[Message] = field(default_factory=list)
     leaves: asyncio.Event = field(default_factory=asyncio.Event)
+    client: str = "127.0.0.1"
 
     async def ask(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> Call:
         """Send the request and keep the answer."""
@@ -46,7 +51,7 @@ class Call:
             "root_path": "",
             "scheme": "http",
             "headers": headers,
-            "client": ("127.0.0.1", 1),
+            "client": (self.client, 1),
             "server": ("127.0.0.1", 8000),
         }
         await app(scope, self._receive_from(list(self.pieces)), self._send)
@@ -132,14 +137,12 @@ def snapshot() -> Snapshot:
     )
 
 
-def gate(
-    keys: Iterable[str] = (), *, max_queued: int = 2, hold_timeout_s: float = 30.0, open_metrics: bool = False
-) -> Gate:
+def gate(keys: Iterable[str] = (), *, open_metrics: bool = False, **limits: Any) -> Gate:
     """A gate that holds, as at the start of a daemon."""
     return Gate(
         keys=Keys(keys),
-        limits=Limits(max_queued, hold_timeout_s),
-        routes=allowed(anthropic_messages=False),
+        limits=Limits(**({"max_queued": 2, "hold_timeout_s": 30.0} | limits)),
+        routes=allowed(anthropic_messages=True),
         operations=operations.create(snapshot, ("qwen",)),
         open_metrics=open_metrics,
     )
@@ -251,9 +254,9 @@ def test_a_wrong_key_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatch)
         compared.append(known)
         return True
 
-    monkeypatch.setattr("llm_serve.web.gate.hmac.compare_digest", compare)
+    monkeypatch.setattr("llm_serve.web.keys.hmac.compare_digest", compare)
 
-    assert Keys(["a", "b", "c"]).allow({b"x-api-key": b"a"})
+    assert Keys(["a", "b", "c"]).holder({b"x-api-key": b"a"}, None)
     assert 3 == len(set(compared))
 
 
@@ -284,7 +287,7 @@ def test_a_wrong_key_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatch)
         "/collective_rpc",
         "/reset_prefix_cache",
         "/v1/load_lora_adapter",
-        "/v1/messages",
+        "/v1/messages/batches",
         "\u0000",
         "/v1/completions\u2028",
     ],
@@ -500,8 +503,9 @@ async def test_the_queue_has_an_end() -> None:
         door.open(model)
         await asyncio.gather(*tasks)
 
-    assert (503, "5") == (refused.status, refused.head["retry-after"])
+    assert (503, "10") == (refused.status, refused.head["retry-after"])
     assert "server.max_queued" in refused.error["message"]
+    assert "connection" not in refused.head
     assert [200, 200] == [call.status for call in calls]
 
 
@@ -645,3 +649,335 @@ async def test_requests_do_not_share_their_history() -> None:
     await asyncio.gather(Call(pieces=(b"unlucky",)).ask(door), Call(pieces=(b"lucky",)).ask(door))
 
     assert before + 1 == counted("replayed")
+
+
+# Room in the engine.
+async def fill(door: Gate, model: Model, slots: int) -> list[asyncio.Task[Call]]:
+    """As many requests as an engine of so many slots is given, all of them still running."""
+    model.go_on.clear()
+    door.open(model, slots)
+    most = slots + reserve(slots)
+    for _ in range(most):
+        door.note(Load())
+    running = [asyncio.create_task(Call(pieces=(b"%d" % number,)).ask(door)) for number in range(most)]
+    await until(lambda: len(model.seen) == most)
+    return running
+
+
+async def test_what_the_engine_cannot_take_waits_at_the_gate() -> None:
+    """A full batch and its reserve go in; the next one goes in when one of those has ended."""
+    door, model = gate(), Model()
+    running = await fill(door, model, 4)
+
+    async with waiting(door, Call(pieces=(b"next",))) as tasks:
+        door.note(Load(4, 2, 0.5))
+        assert 1 == door.held
+        model.go_on.set()
+        await asyncio.gather(*running, *tasks)
+
+    assert (COMPLETIONS, b"next") == model.seen[-1]
+    assert (0, 0) == (door.held, door.in_flight)
+
+
+async def test_a_step_of_the_engine_can_make_room() -> None:
+    """The engine had more sequences than requests; when it says that they are gone, the queue moves."""
+    door, model = gate(), Model()
+    model.go_on.clear()
+    door.open(model, 4)
+    running = asyncio.create_task(Call().ask(door))
+    await until(lambda: model.seen)
+    door.note(Load(30, 0, 0.5))
+
+    async with waiting(door, Call(pieces=(b"next",))) as tasks:
+        door.note(Load(1, 0, 0.1))
+        await until(lambda: len(model.seen) == 2)
+        model.go_on.set()
+        await asyncio.gather(running, *tasks)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/v1/responses/r1/cancel", "/v1/messages/count_tokens"])
+async def test_what_needs_no_engine_does_not_wait_for_one(path: str) -> None:
+    """A full engine, or none after the first, is no reason to keep back what the handlers answer themselves."""
+    door, model = gate(), Model()
+    running = await fill(door, model, 1)
+    model.go_on.set()
+    asked = await Call(path).ask(door)
+    door.hold()
+    held = await Call(path).ask(door)
+    await asyncio.gather(*running)
+
+    assert [200, 200] == [asked.status, held.status]
+
+
+async def test_keys_share_the_engine() -> None:
+    """One key's crowd delays another key's request by one of its own, not by all."""
+    door, model = gate(["many", "few"], max_queued=10), Model()
+    crowd = [Call(headers={"x-api-key": "many"}, pieces=(b"many%d" % number,)) for number in range(4)]
+    calls = [*crowd, Call(headers={"x-api-key": "few"}, pieces=(b"few",))]
+
+    async with waiting(door, *calls) as tasks:
+        door.open(model)
+        await asyncio.gather(*tasks)
+
+    assert [b"many0", b"few", b"many1", b"many2", b"many3"] == [body for _, body in model.seen]
+
+
+async def test_without_keys_addresses_share_the_engine() -> None:
+    """An instance without keys tells clients apart by where they are."""
+    door, model = gate(max_queued=10), Model()
+    calls = [Call(pieces=(b"%d" % number,), client="10.0.0.1") for number in range(3)]
+    calls.append(Call(pieces=(b"other",), client="10.0.0.2"))
+
+    async with waiting(door, *calls) as tasks:
+        door.open(model)
+        await asyncio.gather(*tasks)
+
+    assert [b"0", b"other", b"1", b"2"] == [body for _, body in model.seen]
+
+
+async def test_a_key_that_floods_the_queue_leaves_room_for_another() -> None:
+    """The crowd of one key is refused before the queue is full; another key's request still finds a place."""
+    door, model, before = gate(["many", "few"], max_queued=5), Model(), counted("rejected")
+    crowd = [Call(headers={"x-api-key": "many"}, pieces=(b"%d" % number,)) for number in range(4)]
+
+    async with waiting(door, *crowd) as tasks:
+        assert 503 == (await Call(headers={"x-api-key": "many"}).ask(door)).status
+        few = asyncio.create_task(Call(headers={"x-api-key": "few"}, pieces=(b"few",)).ask(door))
+        await until(lambda: door.held == 5)
+        door.open(model)
+        await asyncio.gather(*tasks, few)
+
+    assert {b"0", b"few", b"1", b"2", b"3"} == {body for _, body in model.seen}
+    assert before + 1 == counted("rejected")
+
+
+async def test_a_crowd_is_served_in_its_order() -> None:
+    """A hundred who wait reach the model in the order in which they came, a few at a time."""
+    door, model, most = gate(max_queued=150), Model(), 0
+
+    async def watching(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal most
+        most = max(most, door.in_flight - door.held)
+        await model(scope, receive, send)
+
+    calls = [Call(pieces=(b"%03d" % number,)) for number in range(100)]
+    async with waiting(door, *calls) as tasks:
+        door.open(watching, 8)
+        await asyncio.gather(*tasks)
+
+    assert sorted(body for _, body in model.seen) == [body for _, body in model.seen]
+    assert 100 == len(model.seen)
+    assert most <= 8 + reserve(8)
+
+
+async def test_a_request_that_is_let_in_at_once_costs_no_task() -> None:
+    """With nothing to wait for, the request runs in the server's own task alone."""
+    door, tasks = gate(), list[int]()
+
+    async def counting(scope: Scope, receive: Receive, send: Send) -> None:
+        tasks.append(len(asyncio.all_tasks()))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    door.open(counting, 4)
+    before = len(asyncio.all_tasks())
+    await Call().ask(door)
+
+    assert [before] == tasks
+
+
+@pytest.mark.parametrize("how", ["cancelled", "raises"])
+async def test_a_place_inside_is_given_back(how: str) -> None:
+    """However a request ends, the next one gets its place."""
+    door, reached = gate(), asyncio.Event()
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.set()
+        await asyncio.sleep(0 if how == "raises" else 60)
+        raise RuntimeError("a bug")
+
+    door.open(failing, 1)
+    for _ in range(10):
+        reached.clear()
+        task = asyncio.create_task(Call().ask(door))
+        await reached.wait()
+        if how == "cancelled":
+            task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled() or isinstance(task.exception(), RuntimeError)
+
+    door.open(Model(), 1)
+    assert 200 == (await Call().ask(door)).status
+
+
+async def test_retry_after_is_what_it_took_before() -> None:
+    """After one start that took two seconds, a full queue at the next death says two seconds."""
+    door, model = gate(max_queued=0), Model()
+    door._closed_at = (door._closed_at or 0.0) - 2.0
+    door.open(model)
+    door.hold()
+
+    refused = await Call().ask(door)
+
+    assert refused.head["retry-after"] in {"2", "3"}  # rounded up, and this test takes time too
+
+
+# Streams that wait.
+STREAM = b'{"prompt": "x", "stream": true}'
+
+
+def streaming_gate(**limits: Any) -> Gate:
+    """A gate that keeps streams alive every fiftieth of a second."""
+    return gate(stream_keep_alive_s=0.02, **limits)
+
+
+async def until_comment(call: Call, number: int = 1) -> None:
+    """Wait until so many comments have come."""
+    for _ in range(2000):
+        if call.body.count(b": waiting for the engine") >= number:
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError(f"no {number} comments came: {call.body!r}")
+
+
+async def events_of_model(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers as vLLM does when a stream is asked for."""
+    assert STREAM == (await receive())["body"]
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+
+async def test_a_held_stream_is_kept_alive_and_goes_on_with_the_answer() -> None:
+    """200 and comments while it waits, then the model's events, in one answer."""
+    door, call, before = streaming_gate(), Call(pieces=(STREAM,)), counted("completed")
+
+    async with waiting(door, call) as tasks:
+        await until_comment(call, 2)
+        door.open(events_of_model)
+        await tasks[0]
+
+    assert 200 == call.status
+    assert call.head["content-type"].startswith("text/event-stream")
+    assert 32 == len(call.head["x-request-id"])
+    assert 1 == [message["type"] for message in call.answers].count("http.response.start")
+    assert call.body.endswith(b"s\n\ndata: {}\n\ndata: [DONE]\n\n")
+    assert before + 1 == counted("completed")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        pytest.param(COMPLETIONS, b'{"prompt": "x"}', id="no stream asked for"),
+        pytest.param(COMPLETIONS, b'{"stream": false}', id="no stream wanted"),
+        pytest.param(COMPLETIONS, b'{"tools": {"stream": true}}', id="a stream elsewhere in the body"),
+        pytest.param(COMPLETIONS, b'{"prompt": "\\"stream\\": true"}', id="a prompt about streams"),
+        pytest.param(COMPLETIONS, b'{"stream": true', id="no JSON"),
+        pytest.param(COMPLETIONS, b"", id="nothing"),
+        pytest.param("/v1/embeddings", STREAM, id="a route without streams"),
+    ],
+)
+async def test_only_a_stream_begins_before_its_answer(path: str, body: bytes) -> None:
+    """Every other request gets the status and body that the model gives."""
+    door, model, call = streaming_gate(), Model(), Call(path, pieces=(body,))
+
+    async with waiting(door, call) as tasks:
+        await asyncio.sleep(0.1)
+        assert [] == call.answers
+        door.open(model)
+        await tasks[0]
+
+    assert body == call.body
+
+
+@pytest.mark.parametrize("end", ["late", "stopping"])
+async def test_a_stream_that_has_begun_ends_with_the_refusal(end: str) -> None:
+    """What would have been a 503 is an error event, then the end; it counts as rejected."""
+    door = streaming_gate(max_queued=2, hold_timeout_s=0.2 if end == "late" else 30)
+    calls = [Call(pieces=(STREAM,)) for _ in range(2)]
+    before = counted("rejected")
+
+    async with waiting(door, *calls) as tasks:
+        await until_comment(calls[1])
+        if end == "stopping":
+            door.refuse("this instance is stopping.", 5)
+        await asyncio.gather(*tasks)
+
+    text = calls[1].body.rpartition(b"s\n\n")[2].decode()
+    event, done = text.split("\n\n", 1)
+    error = json.loads(event.removeprefix("data: "))["error"]
+    assert ("engine_unavailable", "data: [DONE]\n\n") == (error["code"], done)
+    assert not calls[1].answers[-1].get("more_body")
+    assert before + 2 == counted("rejected")
+
+
+async def test_a_client_that_leaves_a_held_stream_makes_room() -> None:
+    """Comments do not hide that the client has gone."""
+    door, call, before = streaming_gate(), Call(pieces=(STREAM,)), counted("aborted")
+
+    async with waiting(door, call) as tasks:
+        await until_comment(call)
+        call.leaves.set()
+        await tasks[0]
+
+    assert (0, 0) == (door.held, door.in_flight)
+    assert before + 1 == counted("aborted")
+
+
+# How long a body may be.
+@pytest.mark.parametrize(
+    ("pieces", "headers"),
+    [
+        pytest.param((b"x" * 2001,), {"content-length": "2001"}, id="said at once"),
+        pytest.param((b"x" * 1000, b"x" * 1000, b"x"), {}, id="found out"),
+        pytest.param((b"x" * 2001,), {"transfer-encoding": "chunked", "content-length": "1"}, id="said wrongly"),
+    ],
+)
+@pytest.mark.parametrize("is_open", [True, False], ids=["an engine", "no engine"])
+async def test_a_body_that_is_too_long_is_refused(
+    pieces: tuple[bytes, ...], headers: dict[str, str], is_open: bool
+) -> None:
+    """413 names the limit; the model does not get to see the body, and what it answers to that is not heard."""
+    door, call, before = gate(max_body_bytes=2000), Call(pieces=pieces, headers=headers), counted("completed")
+
+    async def reading(scope: Scope, receive: Receive, send: Send) -> None:
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            pass
+        assert message["type"] == "http.disconnect"
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+        await send({"type": "http.response.body", "body": b"hung up"})
+
+    if is_open:
+        door.open(reading)
+    await call.ask(door)
+
+    assert (413, "request_too_large") == (call.status, call.error["code"])
+    assert "2000 bytes (server.max_body_bytes)" in call.error["message"]
+    assert (0, before) == (door.in_flight, counted("completed"))
+
+
+@pytest.mark.parametrize("headers", [{"content-length": "2000"}, {}], ids=["said", "chunked"])
+async def test_a_body_of_just_the_limit_passes(headers: dict[str, str]) -> None:
+    """The limit itself is allowed."""
+    door, model = gate(max_body_bytes=2000), Model()
+    door.open(model)
+
+    assert 200 == (await Call(pieces=(b"x" * 1000, b"x" * 1000), headers=headers).ask(door)).status
+
+
+async def test_bodies_that_wait_share_a_budget() -> None:
+    """What is read ahead is bounded for all together; the rest stays in the network, and arrives whole in the end."""
+    door, model = gate(), Model()
+    door._budget.left = 2500
+    calls = [Call(pieces=(b"a" * 1000, b"b" * 1000, b"c" * 1000)) for _ in range(2)]
+
+    async with waiting(door, *calls) as tasks:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert -2000 < door._budget.left <= 0  # each had a read under way when the budget ended
+        door.open(model)
+        await asyncio.gather(*tasks)
+
+    assert [3000, 3000] == [len(body) for _, body in model.seen]
+    assert 2500 == door._budget.left

@@ -21,6 +21,7 @@ PURE = frozenset(
     {
         "__future__",
         "bisect",
+        "collections",
         "collections.abc",
         "contextlib",
         "copy",

@@ -88,7 +88,14 @@ def scene(tmp_path: Path) -> Scene:
 def oom_record(time: float) -> dict[str, Any]:
     """What a worker logs when memory runs out."""
     error = {"type": OOM, "text": "CUDA out of memory. Tried to allocate 2.00 GiB.", "frames": ["execute_model"]}
-    return {"message": "failed", "level": "ERROR", "process": "VllmWorker-0", "time": time, "exception": error}
+    return {
+        "message": "failed",
+        "level": "ERROR",
+        "process": "VllmWorker-0",
+        "pid": 7,
+        "time": time,
+        "exception": error,
+    }
 
 
 def test_evidence_comes_before_the_kill(scene: Scene) -> None:

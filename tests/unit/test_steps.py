@@ -8,6 +8,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
+from llm_serve.core.admission import Load
 from llm_serve.engine.steps import StepWatch
 
 pytestmark = pytest.mark.vllm
@@ -104,3 +105,17 @@ def test_a_request_that_ends_ends_the_stall(engine: Engine) -> None:
 
     assert engine.stalled_at(161) == 0.0
     assert engine.stalled_at(162) == pytest.approx(1.0)
+
+
+def test_the_load_of_all_cores_is_told_after_each_step(engine: Engine) -> None:
+    """Sequences are added up, also those that wait for something of their own; the fullest cache counts."""
+    told: list[Load] = []
+    engine.watch.tell(told.append)
+    first = SchedulerStats(num_running_reqs=3, num_waiting_reqs=1, num_skipped_waiting_reqs=2, kv_cache_usage=0.5)
+    second = SchedulerStats(num_running_reqs=4, num_waiting_reqs=0, kv_cache_usage=0.2)
+
+    engine.watch.record(first, None, engine_idx=0)
+    engine.watch.record(None, IterationStats(), engine_idx=0)
+    engine.watch.record(second, None, engine_idx=1)
+
+    assert [Load(3, 3, 0.5), Load(7, 3, 0.5)] == told

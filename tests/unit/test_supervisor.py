@@ -43,7 +43,10 @@ class Gate:
         self.in_flight = self.held = 0
         self.heard: list[str] = []
 
-    def open(self, _: object) -> None:
+    def note(self, _: object) -> None:
+        """Nothing."""
+
+    def open(self, *_: object) -> None:
         """Written down."""
         self.heard.append("open")
 
@@ -82,8 +85,9 @@ class Factory:
         if seqs in self.refused:
             raise RuntimeError("refused")
         self.alive.append(epoch)
-        steps = SimpleNamespace(last_step_at=None, stalled_for_s=lambda: 0.0)
-        return SimpleNamespace(epoch=epoch, steps=steps, processes=[], is_dead=False, llm=SimpleNamespace())
+        args = SimpleNamespace(data_parallel_size=1)
+        steps = SimpleNamespace(last_step_at=None, stalled_for_s=lambda: 0.0, tell=lambda _: None)
+        return SimpleNamespace(epoch=epoch, steps=steps, processes=[], is_dead=False, llm=SimpleNamespace(), args=args)
 
     async def stop(self, engine: Any) -> None:
         """The engine is gone."""

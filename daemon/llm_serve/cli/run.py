@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from llm_serve.engine.relay import Receiver
     from llm_serve.instance import Instance
     from llm_serve.supervisor import Supervisor
-    from llm_serve.web.gate import Asgi, Gate, Limits
+    from llm_serve.web.asgi import Asgi
+    from llm_serve.web.gate import Gate
+    from llm_serve.web.limits import Limits
 
 
 def run(target: str) -> int:
@@ -117,6 +119,7 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
     from llm_serve import metrics
     from llm_serve.engine import architectures, factory
     from llm_serve.web import operations
+    from llm_serve.web.deadlines import Timeouts
     from llm_serve.web.server import Server
 
     places = factory.Places(runtime, boot.state_folder(runtime, os.environ))
@@ -129,7 +132,8 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
     supervisor.gate = gate = _gate(start, inside)
     supervisor.on_change = partial(_reconfigure, gate)
     _take_orders(supervisor, start.manager, inside)
-    servers = [Server(supervisor.gate, listener), Server(inside, control)]
+    timeouts = Timeouts(start.settings.server.header_timeout_s, start.settings.server.body_timeout_s)
+    servers = [Server(supervisor.gate, listener, timeouts), Server(inside, control)]
     for server in servers:
         await server.start()
     try:
@@ -185,20 +189,21 @@ def _take_orders(supervisor: Supervisor, manager: Notifier, inside: FastAPI) -> 
 
 
 def _reconfigure(gate: Gate, instance: Instance) -> None:
-    from llm_serve.web.gate import Keys
+    from llm_serve.web.keys import Keys
 
     server = instance.settings.server
     gate.reconfigure(Keys(instance.keys), _limits(server), open_metrics=server.open_metrics)
 
 
 def _limits(server: ServerSettings) -> Limits:
-    from llm_serve.web.gate import Limits
+    from llm_serve.web.limits import Limits
 
-    return Limits(server.max_queued, server.hold_timeout_s)
+    return Limits(server.max_queued, server.hold_timeout_s, server.max_body_bytes, server.stream_keep_alive_s)
 
 
 def _gate(start: Start, operations: Asgi) -> Gate:
-    from llm_serve.web.gate import Gate, Keys
+    from llm_serve.web.gate import Gate
+    from llm_serve.web.keys import Keys
 
     server = start.settings.server
     return Gate(

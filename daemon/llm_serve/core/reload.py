@@ -9,7 +9,10 @@ from llm_serve.core.plan import EnginePlan
 from llm_serve.core.settings import Settings
 
 OF_THE_PROCESS = frozenset(
-    {"model", "server.listen", "server.anthropic_messages", "server.front_ends", "log.level", "log.format"}
+    {
+        *("model", "log.level", "log.format", "server.anthropic_messages", "server.body_timeout_s"),
+        *("server.front_ends", "server.header_timeout_s", "server.listen", "server.stream_keep_alive_s"),
+    }
 )
 """Options that are used once, when the process starts; no stream begun with one model can be ended by another."""
 

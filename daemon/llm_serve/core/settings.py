@@ -102,7 +102,15 @@ class ServerSettings(_Table):
     max_queued: int = Field(default=256, ge=0, le=1_000_000)
     """Waiting requests beyond which a client gets 503 and Retry-After."""
     hold_timeout_s: SecondsOrOff = 300
-    """How long a request may wait for an engine."""
+    """How long a request may wait for an engine, or for room in it."""
+    stream_keep_alive_s: SecondsOrOff = 15
+    """Silence after which a waiting event stream gets a comment, so that no proxy cuts it; 0: never."""
+    max_body_bytes: int = Field(default=32 << 20, ge=1024, le=1 << 40)
+    """Longest body of a request; a longer one gets 413."""
+    header_timeout_s: Seconds = 20
+    """How long a client may take for the head of a request."""
+    body_timeout_s: Seconds = 120
+    """How long a client may take for the body of a request."""
     drain_timeout_s: SecondsOrOff = 60
     """How long a stop waits for requests in flight."""
     open_metrics: bool = False

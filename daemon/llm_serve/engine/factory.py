@@ -32,7 +32,7 @@ from llm_serve.core.plan import EnginePlan
 from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, Marks, is_progress
 from llm_serve.engine import forkserver, relay
 from llm_serve.engine.evidence import Collector
-from llm_serve.host import processes, stacks
+from llm_serve.host import interpreter, processes, stacks
 from llm_serve.host.logs import get_logger
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Factory:
         env = engine_environment(plan) | {processes.MARKER: str(self._runtime)}
         if self._forked_with != env or not forkserver.is_running():
             forkserver.stop()
-            forkserver.start(env, architectures, self._receiver.output_socket, self._runtime / "mp")
+            forkserver.start(env, architectures, self._receiver, self._runtime / "mp")
             self._forked_with = env
 
     async def build(self, plan: EnginePlan, epoch: int, *, timeout_s: float, stall_timeout_s: float) -> Engine:
@@ -219,6 +219,7 @@ class Factory:
         before = await asyncio.to_thread(self.marks)
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
+            interpreter.collect_frozen()  # of the engine before: meanwhile the new one's processes load
             after = await asyncio.to_thread(self.marks)
             await asyncio.to_thread(self._note_leftovers)
             if is_progress(before, after, _LOOK_EVERY_S):
@@ -308,7 +309,8 @@ class Factory:
         forkserver.stop()
         _remove((self._runtime / "mp",))
         self._logging_config.unlink(missing_ok=True)
-        self._leftovers.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the state folder may have become read-only
+            self._leftovers.unlink(missing_ok=True)
 
     def marks(self) -> Marks:
         """What a start has done so far. The daemon itself counts until there are processes of the engine."""

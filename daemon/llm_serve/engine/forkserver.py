@@ -30,8 +30,11 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from llm_serve.engine.relay import Receiver
+
 ARCHITECTURES_VARIABLE = "LLM_SERVE_ARCHITECTURES"
 OUTPUT_VARIABLE = "LLM_SERVE_ENGINE_OUTPUT"
+RECORDS_VARIABLE = "LLM_SERVE_ENGINE_RECORDS"
 _PATCHED_MODULES = (
     "vllm.utils.system_utils",
     "vllm.v1.engine.utils",
@@ -41,7 +44,7 @@ _PATCHED_MODULES = (
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def start(env: Mapping[str, str], architectures: Iterable[str], output_socket: Path, folder: Path) -> int:
+def start(env: Mapping[str, str], architectures: Iterable[str], receiver: Receiver, folder: Path) -> int:
     """Start the fork server with `env` and return its pid at once; it loads vLLM and these model classes by itself.
 
     Call it from the main thread: the server dies with the thread that started it. Its own socket, and those of its
@@ -52,7 +55,8 @@ def start(env: Mapping[str, str], architectures: Iterable[str], output_socket: P
     stdlib._forkserver.set_forkserver_preload(["llm_serve.engine.preload"])
     extra = dict(env) | {
         ARCHITECTURES_VARIABLE: ",".join(architectures),
-        OUTPUT_VARIABLE: str(output_socket),
+        OUTPUT_VARIABLE: str(receiver.output_socket),
+        RECORDS_VARIABLE: str(receiver.records_socket),
         "LD_PRELOAD": _libraries_to_preload(env.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))),
         # A pool started in the server would not exist in its forks, which would then wait for it for ever.
         "OMP_NUM_THREADS": "1",

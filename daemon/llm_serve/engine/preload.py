@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-from llm_serve.engine import forkserver
+from llm_serve.engine import forkserver, relay
 
 _ALWAYS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.structured_output")
 _CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.attention.backends.cpu_attn")
@@ -45,7 +45,7 @@ def _load(names: Iterator[str]) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - a module that this machine lacks only makes forks slower
-            logging.getLogger("vllm.llm_serve").warning("preload of %s failed: %s", name, error)
+            logging.getLogger("llm_serve.fork_server").warning("preload of %s failed: %s", name, error)
 
 
 def _tell_ends() -> None:
@@ -53,7 +53,7 @@ def _tell_ends() -> None:
 
     Nobody else knows it of a worker: EngineCore, which has started it, only sees that it is gone.
     """
-    waitpid, server = os.waitpid, os.getpid()
+    waitpid, server, log = os.waitpid, os.getpid(), logging.getLogger("llm_serve.fork_server")
 
     def and_tell(pid: int, options: int) -> tuple[int, int]:
         found, status = waitpid(pid, options)
@@ -61,10 +61,18 @@ def _tell_ends() -> None:
             level = logging.WARNING if code < 0 else logging.INFO
             how = f"signal {-code}" if code < 0 else f"status {code}"
             more = {"ended": (found, code)}
-            logging.getLogger("vllm.llm_serve").log(level, "process %d has ended with %s", found, how, extra=more)
+            log.log(level, "process %d has ended with %s", found, how, extra=more)
         return found, status
 
     os.waitpid = and_tell
+
+
+def _log_to(records: str) -> None:
+    """Send what is logged here to the daemon as the engine's processes do."""
+    logger = logging.getLogger("llm_serve.fork_server")
+    logger.addHandler(relay.RelayHandler(records))
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 # Ctrl-C in a terminal, and `timeout`, signal the whole process group: the daemon must drain before its engine ends.
@@ -72,6 +80,7 @@ os.setsid()
 forkserver.die_with_parent()
 forkserver.adopt_orphans()
 _write_to(os.environ.get(forkserver.OUTPUT_VARIABLE, ""))
+_log_to(os.environ.get(forkserver.RECORDS_VARIABLE, ""))
 _load(_modules([name for name in os.environ.get(forkserver.ARCHITECTURES_VARIABLE, "").split(",") if name]))
 forkserver.install()
 _tell_ends()

@@ -12,6 +12,8 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from llm_serve.core.admission import Load
+
 
 class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any here
     """vLLM tells it about every step of every core of one engine."""
@@ -22,11 +24,16 @@ class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any h
         self.last_step_at: float | None = None
         self.running = self.waiting = 0
         self._unfinished: Callable[[], int] = int
+        self._tell: Callable[[Load], None] | None = None
         self._busy_since: float | None = None
 
     def attach(self, unfinished: Callable[[], int]) -> None:
         """Say how to ask for the number of requests that the engine has not finished."""
         self._unfinished = unfinished
+
+    def tell(self, note: Callable[[Load], None]) -> None:
+        """Call `note` with the work of all cores after every step from now on."""
+        self._tell = note
 
     def record(
         self,
@@ -38,13 +45,20 @@ class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any h
         """Take note of one step."""
         mark = self._marks.get(engine_idx)
         if scheduler_stats is not None:
-            self.running, self.waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             mark = (self.running, self.waiting, scheduler_stats.kv_cache_usage)
         # A long prompt gives no token for many steps, but each of them fills more of the KV cache.
         if iteration_stats is not None or mark != self._marks.get(engine_idx):
             self.last_step_at = self._clock()
         if mark is not None:
             self._marks[engine_idx] = mark
+        if scheduler_stats is not None and self._tell is not None:
+            self._tell(self._load())
+
+    def _load(self) -> Load:
+        running, waiting, used = zip(*self._marks.values(), strict=True)
+        return Load(int(sum(running)), int(sum(waiting)), max(used))
 
     def log_engine_initialized(self) -> None:
         """Nothing: readiness is the first token's matter."""

@@ -261,13 +261,14 @@ class _Name:
     """One request, as itself: two with the same id are two."""
 
     def __init__(self, request_id: str, prompt: Any, params: Any) -> None:
-        self.request_id, self._prompt, self._params = request_id, prompt, params
+        self.request_id, self._prompt = request_id, prompt
+        # Taken now: vLLM fills some of them in later.
+        self._params = repr(sorted({**msgspec.structs.asdict(params), **_ANOTHER_TRY}.items()))
 
     def fingerprint(self) -> str:
         """The same for the same request sent again: prompt and parameters, but for what only makes it another try."""
         prompt = self._prompt.get("prompt_token_ids") if isinstance(self._prompt, dict) else self._prompt
-        params = {**msgspec.structs.asdict(self._params), **_ANOTHER_TRY}
-        return hashlib.sha256(repr((prompt, sorted(params.items()))).encode()).hexdigest()
+        return hashlib.sha256(f"{prompt!r} {self._params}".encode()).hexdigest()
 
 
 _ANOTHER_TRY = {"seed": None, "output_kind": None, "skip_clone": None}

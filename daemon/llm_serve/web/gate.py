@@ -1,77 +1,53 @@
-"""The door before the model: who may come in, what waits for an engine, and what is in flight.
+"""The door before the model: who may come in, what waits for an engine or for room in it, and what is in flight.
 
 A plain ASGI application, so that a streamed answer passes through without a copy or a task of its own.
-Order of questions: has the caller a key, is the path there at all, is there room, is there an engine.
+Order of questions: has the caller a key, is the path there at all, is the body too long, is there an engine, is there
+room in it, is there room to wait.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import hmac
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections import deque
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
 
 from llm_serve import metrics, passage
+from llm_serve.core import retry_after
+from llm_serve.core.admission import Admission, Load
 from llm_serve.host.logs import get_logger
+from llm_serve.web.answer import Answer
+from llm_serve.web.asgi import Asgi, Receive, Scope, Send
 from llm_serve.web.errors import error_response
-
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+from llm_serve.web.hold import Budget, ReadAhead, Verdict, Waiter
+from llm_serve.web.keys import Keys
+from llm_serve.web.limits import Limits, Measured, has_known_length, too_large
+from llm_serve.web.sse import STREAMED, Ticker
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 OPERATIONS = frozenset({"/livez", "/readyz", "/health", "/status", "/metrics"})
+BESIDE_THE_ENGINE = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
+"""What vLLM's handlers answer by themselves; so they do cancelling, below."""
 _READING = frozenset({"GET", "HEAD"})
-_READ_AHEAD_BYTES = 4 << 20  # times max_queued is the most that waiting bodies take
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _PARAMETER = re.compile(r"\{[^}]+\}")
-
-
-class Keys:
-    """The API keys, as digests. Without keys everybody may come in (loopback only, see the settings)."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    def allow(self, headers: dict[bytes, bytes]) -> bool:
-        """True for a request that carries a key. Takes as long for a wrong key as for a right one."""
-        if not self._digests:
-            return True
-        offered = headers.get(b"x-api-key", b"")
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer":
-            offered = token.strip()
-        digest = hashlib.sha256(offered).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: no early exit
-        return any(matches)
+_REMEMBERED = 32
+"""Recoveries, and requests let in, from which is told when to come back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why no request is let in any more, and when it makes sense to come back."""
+    """Why a request is not let in, and when it makes sense to come back."""
 
     message: str
     retry_after_s: int
 
 
-@dataclass
-class Limits:
-    """How many requests may wait for an engine, and how long."""
-
-    max_queued: int
-    hold_timeout_s: float
-
-
 class Gate:
-    """Lets requests through to `model` (vLLM's application) while it is open; else makes them wait."""
+    """Lets requests through to `model` (vLLM's application) as far as its engine has room; else makes them wait."""
 
     def __init__(
         self,
@@ -85,30 +61,59 @@ class Gate:
         self._keys, self._limits, self._operations = keys, limits, operations
         self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
         self._routes = [_route(method, path) for method, path in routes]
-        self._is_decided = asyncio.Event()
+        self._admission: Admission[Waiter] = Admission(limits.max_queued, is_shared=keys.are_shared)
+        self._ticker = Ticker(limits.stream_keep_alive_s)
+        self._budget = Budget()
         self._refusal: Refusal | None = None
+        self._closed_at: float | None = time.monotonic()
+        self._past_s: deque[float] = deque(maxlen=_REMEMBERED)
+        self._let_in_at: deque[float] = deque(maxlen=_REMEMBERED)
         self.model: Asgi | None = None
-        self.held = 0
         self.in_flight = 0
 
+    @property
+    def held(self) -> int:
+        """How many requests wait."""
+        return len(self._admission)
+
     # What the supervisor orders.
-    def open(self, model: Asgi) -> None:
-        """Let requests through, those that wait first."""
+    def open(self, model: Asgi, slots: int | None = None) -> None:
+        """Let requests through, those that wait first, to an engine that runs `slots` of them at once."""
         self.model = model
-        self._is_decided.set()
+        if self._closed_at is not None:
+            self._past_s.append(time.monotonic() - self._closed_at)
+            self._closed_at = None
+        self._admission.open(slots)
+        self._let_in_those_due()
 
     def hold(self) -> None:
         """Make requests wait."""
-        self._is_decided.clear()
+        self._closed_at = self._closed_at or time.monotonic()
+        self._admission.close()
 
     def refuse(self, message: str, retry_after_s: int) -> None:
         """Answer 503 at once, also to those that wait."""
         self._refusal = Refusal(message, retry_after_s)
-        self._is_decided.set()
+        for waiter in self._admission.everybody():
+            waiter.decide(Verdict.stopping)
+
+    def note(self, load: Load) -> None:
+        """The engine has done a step, and this is what it has to do now."""
+        self._admission.note(load)
+        if self._admission:
+            self._let_in_those_due()
+
+    def _let_in_those_due(self) -> None:
+        for waiter in self._admission.due():
+            self._let_in_at.append(time.monotonic())
+            waiter.decide(Verdict.admitted)
+        if not self._admission:
+            self._let_in_at.clear()  # the pace of a queue that is over says nothing about the next one
 
     def reconfigure(self, keys: Keys, limits: Limits, *, open_metrics: bool) -> None:
         """Ask and allow this from now on. Who waits already waits as long as he was promised."""
         self._keys, self._limits = keys, limits
+        self._admission.bound(limits.max_queued, is_shared=keys.are_shared)
         self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
 
     # What clients meet.
@@ -119,9 +124,10 @@ class Gate:
         if scope["type"] != "http":
             return
         headers = dict(scope["headers"])
-        answer = _Answer(send, _name_request(scope, headers))
         path, method = scope["path"], scope["method"]
-        if path not in self._open_paths and not self._keys.allow(headers):
+        answer = Answer(send, _name_request(scope, headers), path, self._ticker)
+        holder = self._keys.holder(headers, scope.get("client"))
+        if holder is None and path not in self._open_paths:
             await _NO_KEY(scope, receive, answer)
         elif path in OPERATIONS and method not in _READING:
             await _wrong_method(path, method, _READING)(scope, receive, answer)
@@ -132,17 +138,28 @@ class Gate:
         elif method not in methods:
             await _wrong_method(path, method, methods)(scope, receive, answer)
         elif method == "GET" and self.model is not None:
-            await self.model(scope, receive, answer)
+            try:
+                await self.model(scope, receive, answer)
+            finally:
+                answer.end_watch()
+        elif int(headers.get(b"content-length", b"0")) > self._limits.max_body_bytes:
+            await too_large(self._limits.max_body_bytes)(scope, receive, answer)
         else:
-            await self._serve(scope, receive, answer)
+            if not has_known_length(headers):
+                receive = Measured(scope, receive, answer, self._limits.max_body_bytes)
+            await self._serve(scope, receive, answer, holder or b"")
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, answer: Answer, holder: bytes) -> None:
         began, outcome = time.monotonic(), "aborted"
         self.in_flight += 1
         try:
-            outcome = await self._admit(scope, receive, answer)
+            outcome = await self._admit(scope, receive, answer, holder)
         finally:
             self.in_flight -= 1
+            answer.end_watch()
+            if answer.has_place:
+                self._admission.ended()
+                self._let_in_those_due()
             metrics.requests.labels(outcome).inc()
             get_logger().info(
                 "request",
@@ -154,118 +171,83 @@ class Gate:
                 outcome=outcome,
             )
 
-    async def _admit(self, scope: Scope, receive: Receive, send: _Answer) -> str:
-        """Let the request through when there is an engine. Returns how it ended."""
-        if not self._is_decided.is_set():
-            if self.held >= self._limits.max_queued:
-                full = f"{self.held} requests are waiting for the engine already (server.max_queued)."
-                return await _refuse(Refusal(full, 5), scope, receive, send)
-            buffered = _Buffered(receive)
-            if (answer := await self._hold(buffered)) != "admitted":
-                if answer == "gone":
-                    return "aborted"
-                waited = f"{self._limits.hold_timeout_s:g} s (server.hold_timeout_s)"
-                late = f"the engine was not ready within {waited}."
-                return await _refuse(Refusal(late, 10), scope, receive, send)
-            receive = buffered
+    async def _admit(self, scope: Scope, receive: Receive, answer: Answer, holder: bytes) -> str:
+        """Let the request through when there is room for it. Returns how it ended."""
         if self._refusal is not None:
-            return await _refuse(self._refusal, scope, receive, send)
-        return await self._pass(scope, receive, send)
-
-    async def _hold(self, body: _Buffered) -> str:
-        """Wait for a decision: "admitted", or "late", or "gone" when the client left meanwhile."""
-        self.held += 1
-        metrics.requests_held.set(self.held)
-        decided, left = (
-            asyncio.create_task(self._is_decided.wait()),
-            asyncio.create_task(body.until_client_leaves()),
-        )
-        try:
-            done, _ = await asyncio.wait(
-                {decided, left}, timeout=self._limits.hold_timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                return "late"
-            return "admitted" if decided in done else "gone"
-        finally:
-            decided.cancel()
-            await body.stop_watching(left)
-            self.held -= 1
-            metrics.requests_held.set(self.held)
-
-    async def _pass(self, scope: Scope, receive: Receive, answer: _Answer) -> str:
+            return await self._refuse(self._refusal, "stopping", scope, receive, answer)
+        if self.model is not None and not _needs_engine(scope["path"]):
+            return await self._pass(self.model, scope, receive, answer)
+        if self._admission.enter():
+            answer.has_place = True
+        else:
+            body = ReadAhead(receive, self._budget)
+            verdict = await self._hold(Waiter(body, answer), scope["path"], answer, holder)
+            if verdict is Verdict.gone:
+                return "rejected" if answer.is_refused else "aborted"
+            if verdict is not Verdict.admitted:
+                return await self._refuse(self._why(verdict), verdict.value, scope, receive, answer)
+            receive = body
         assert self.model is not None, "the gate was opened without a model"
+        return await self._pass(self.model, scope, receive, answer)
+
+    async def _hold(self, waiter: Waiter, path: str, answer: Answer, holder: bytes) -> Verdict:
+        """Let one request wait until something is decided, at most for `hold_timeout_s`."""
+        if not self._admission.wait(holder, waiter):
+            return Verdict.full
+        metrics.requests_held.set(self.held)
+        if path in STREAMED:
+            answer.wants_stream = waiter.body.wants_stream
+            answer.watch_silence()
+        began = time.monotonic()
+        try:
+            return await waiter.wait(self._limits.hold_timeout_s)
+        finally:
+            self._admission.withdraw(holder, waiter)
+            answer.end_hold()
+            metrics.requests_held.set(self.held)
+            metrics.hold_seconds.observe(time.monotonic() - began)
+
+    def _why(self, verdict: Verdict) -> Refusal:
+        """Why a request that waited, or wanted to, is not let in."""
+        if verdict is Verdict.stopping and self._refusal is not None:
+            return self._refusal
+        what = "room in the engine" if self._admission.is_open else "the engine"
+        if verdict is Verdict.late:
+            waited = f"{self._limits.hold_timeout_s:g} s (server.hold_timeout_s)"
+            late = "had no room" if self._admission.is_open else "was not ready"
+            return Refusal(f"the engine {late} within {waited}.", self._retry_after_s())
+        full = f"{self.held} requests are waiting for {what} already (server.max_queued)."
+        return Refusal(full, self._retry_after_s())
+
+    def _retry_after_s(self) -> int:
+        """When it makes sense to come back, from what this process has seen."""
+        now = time.monotonic()
+        if self._closed_at is not None:
+            return retry_after.for_engine(self._past_s, now - self._closed_at)
+        since = now - self._let_in_at[0] if self._let_in_at else 0.0
+        return retry_after.for_room(self.held, len(self._let_in_at), since)
+
+    async def _refuse(self, refusal: Refusal, reason: str, scope: Scope, receive: Receive, answer: Answer) -> str:
+        metrics.refusals.labels(reason).inc()
+        headers = {"retry-after": str(refusal.retry_after_s)}
+        if refusal is self._refusal:
+            headers["connection"] = "close"
+        response = error_response(503, refusal.message, code="engine_unavailable", headers=headers)
+        await answer.refuse(response, scope, receive)
+        return "rejected"
+
+    async def _pass(self, model: Asgi, scope: Scope, receive: Receive, answer: Answer) -> str:
         journey = passage.Passage()
         token = passage.current.set(journey)
         try:
-            await self.model(scope, receive, answer)
+            await model(scope, receive, answer)
         finally:
             passage.current.reset(token)
-        return journey.outcome(is_complete=answer.is_complete)
+        return "rejected" if answer.is_refused else journey.outcome(is_complete=answer.is_complete)
 
 
-class _Answer:
-    """The way back to the client: puts the request's id on the answer and remembers how far it came."""
-
-    __slots__ = ("_send", "is_complete", "request_id", "status")
-
-    def __init__(self, send: Send, request_id: bytes) -> None:
-        self._send, self.request_id = send, request_id
-        self.status: int | None = None
-        self.is_complete = False
-
-    async def __call__(self, message: Message) -> None:
-        """What the application calls as `send`."""
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            rest = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
-            message["headers"] = [*rest, (b"x-request-id", self.request_id)]
-        elif not message.get("more_body"):
-            self.is_complete = True
-        await self._send(message)
-
-
-class _Buffered:
-    """A request's body, read ahead while the request waits, so that a client that leaves is noticed."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._messages: list[Message] = []
-        self._pending: asyncio.Task[Message] | None = None
-
-    async def until_client_leaves(self) -> None:
-        """Read the body, and return when the client has gone; of a very long body only the beginning is read."""
-        size = 0
-        while size < _READ_AHEAD_BYTES:
-            if self._pending is None:
-                self._pending = asyncio.ensure_future(self._receive())
-            message = await asyncio.shield(self._pending)
-            self._pending = None
-            self._messages.append(message)
-            if message["type"] == "http.disconnect":
-                return
-            size += len(message.get("body", b""))
-        await asyncio.Event().wait()
-
-    async def stop_watching(self, watcher: asyncio.Task[None]) -> None:
-        """End the watch. A read that is under way is kept for the one who reads next."""
-        watcher.cancel()
-        await asyncio.wait({watcher})
-
-    async def __call__(self) -> Message:
-        """What the application calls as `receive`."""
-        if self._messages:
-            return self._messages.pop(0)
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            return await pending
-        return await self._receive()
-
-
-async def _refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> str:
-    headers = {"retry-after": str(refusal.retry_after_s), "connection": "close"}
-    await error_response(503, refusal.message, code="engine_unavailable", headers=headers)(scope, receive, send)
-    return "rejected"
+def _needs_engine(path: str) -> bool:
+    return path not in BESIDE_THE_ENGINE and not path.endswith("/cancel")
 
 
 def _name_request(scope: Scope, headers: dict[bytes, bytes]) -> bytes:

@@ -1,0 +1,328 @@
+"""Recovery: llm-serve against vLLM's own API server that somebody starts again whenever it ends, as `Restart=always` does.
+
+    python -m tests.bench.bench_recovery [--model FOLDER] [--rounds 3] [--only kill|fit|hang] [--json FILE]
+
+Same model, same arguments, same load: clients that ask for one streamed answer after the other and, after an error,
+ask again half a second later. A shell loop with a pause of 1 s stands for systemd.
+
+kill  EngineCore is killed under load: seconds to the next answer that is complete.
+fit   the KV cache is too small for max_model_len: engine starts until it serves.
+hang  EngineCore is stopped under load: seconds until the server says that it is not well, and until it answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from llm_serve.host.demo_model import default_cache, ensure_demo_model
+from tests.bench import servers
+from tests.daemon import Daemon, eventually, free_port
+
+_STREAMS, _TOKENS = 8, 50
+_ONE_ANSWER_S = 3.5
+"""What an answer takes on two cores. Clients that begin together end together, so when the fault comes matters."""
+_STALL_TIMEOUT_S, _WATCH_A_HANG_S, _WATCH_A_LOOP_S = 20, 60, 120
+_START_LIMIT_S = 240
+_TOO_SMALL = {"max_model_len": 8192, "kv_cache_memory_bytes": 128 << 20}
+Figures = dict[str, Any]
+
+
+# ---- the clients --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcomes:
+    """What became of each request, by the monotonic time at which it ended.
+
+    completed, error (an event that says so), cut (ended in the middle without a word), refused (no connection, or an
+    error status), unanswered (still open when the clients gave up).
+    """
+
+    ended: list[tuple[float, str]] = field(default_factory=list)
+    is_over: threading.Event = field(default_factory=threading.Event)
+
+    def note(self, how: str) -> None:
+        """One request has ended."""
+        self.ended.append((time.monotonic(), how))
+
+    def completed_after(self, moment: float) -> list[float]:
+        """Seconds from `moment` to each answer that was complete after it."""
+        return [when - moment for when, how in self.ended if how == "completed" and when > moment]
+
+    def wait_for(self, number: int, since: float, within_s: float) -> float:
+        """Wait for so many complete answers after `since`. Returns the seconds to the first."""
+        look: Callable[[], list[float]] = lambda: self.completed_after(since)  # noqa: E731 - its type, beside its use
+        return eventually(look, lambda seen: len(seen) >= number, within_s=within_s, what="complete answers")[0]
+
+    def lost(self, since: float) -> dict[str, int]:
+        """Requests that ended after `since` without a complete answer, by how."""
+        return dict(Counter(how for when, how in self.ended if how != "completed" and when > since))
+
+
+@contextlib.contextmanager
+def clients(url: str) -> Iterator[Outcomes]:
+    """Clients at work, in a thread of their own, for the length of a block."""
+    outcomes = Outcomes()
+    thread = threading.Thread(target=lambda: asyncio.run(_ask_until_over(url, outcomes)))
+    thread.start()
+    try:
+        yield outcomes
+    finally:
+        outcomes.is_over.set()
+        thread.join()
+
+
+async def _ask_until_over(url: str, outcomes: Outcomes) -> None:
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+        asking = [asyncio.create_task(_ask_again_and_again(session, url, outcomes, each)) for each in range(_STREAMS)]
+        while not outcomes.is_over.is_set():  # noqa: ASYNC110 - set by another thread
+            await asyncio.sleep(0.05)
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def _ask_again_and_again(session: aiohttp.ClientSession, url: str, outcomes: Outcomes, client: int) -> None:
+    while True:
+        try:
+            how = await _ask(session, url, client)
+        except asyncio.CancelledError:
+            outcomes.note("unanswered")
+            raise
+        outcomes.note(how)
+        if how != "completed":
+            await asyncio.sleep(0.5)
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, client: int) -> str:
+    body = {
+        "model": servers.MODEL_NAME, "prompt": f"Tale number {client}: once upon a time", "stream": True,
+        "max_tokens": _TOKENS, "ignore_eos": True, "temperature": 0,
+    }  # fmt: skip
+    is_accepted, text = False, b""
+    try:
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            if response.status != 200:
+                return "refused"
+            is_accepted = True
+            async for line in response.content:
+                text = line if line.strip() else text
+                if line.startswith(b'data: {"error"'):
+                    return "error"
+    except (aiohttp.ClientError, OSError):
+        return "cut" if is_accepted else "refused"
+    return "completed" if text.strip() == b"data: [DONE]" else "cut"
+
+
+# ---- the two servers ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server under test. `core()` is the pid of its EngineCore, `starts()` how often an engine was started."""
+
+    url: str
+    core: Callable[[], int]
+    starts: Callable[[], int]
+
+    def is_well(self) -> bool:
+        """What its /health says."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+@contextlib.contextmanager
+def ours(model: Path, arguments: Mapping[str, Any]) -> Iterator[Server]:
+    """`llm-serve run FILE`."""
+    engine = dict(arguments) | {"served_model_name": [servers.MODEL_NAME]}
+    daemon = Daemon(model, {"engine": engine, "recovery": {"stall_timeout_s": _STALL_TIMEOUT_S}}).start()
+    try:
+        daemon.wait_for_answers()
+        yield Server(
+            daemon.url,
+            core=lambda: int(min(daemon.status()["engine_pids"])),
+            starts=lambda: int(daemon.status()["engine_starts"]),
+        )
+    finally:
+        daemon.destroy()
+
+
+@contextlib.contextmanager
+def theirs(model: Path, arguments: Mapping[str, Any]) -> Iterator[Server]:
+    """vLLM's own API server in a loop that starts it again 1 s after each end."""
+    port = free_port()
+    command = shlex.join(servers.vllm_command(model, port, arguments))
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory(prefix="llm-serve-bench-") as folder:
+        starts, log = Path(folder) / "starts", Path(folder) / "log"
+        loop = f"while :; do echo start >>{starts}; {command}; sleep 1; done"
+        with log.open("wb") as sink:
+            shell = subprocess.Popen(
+                ["sh", "-c", loop],
+                env=environment | {"TMPDIR": folder}, stdout=sink, stderr=sink, start_new_session=True,
+            )  # fmt: skip
+        try:
+            yield Server(
+                f"http://127.0.0.1:{port}",
+                core=lambda: _engine_core_below(shell.pid),
+                starts=lambda: starts.read_text().count("start") if starts.exists() else 0,
+            )
+        finally:
+            _end(shell)
+
+
+def _engine_core_below(pid: int) -> int:
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "VLLM::EngineCore" in " ".join(process.cmdline()):
+                return process.pid
+    raise LookupError("no process is called VLLM::EngineCore")
+
+
+def _end(shell: subprocess.Popen[bytes]) -> None:
+    """The loop first, so that it starts nothing any more."""
+    below = psutil.Process(shell.pid).children(recursive=True)
+    shell.kill()
+    for process in below:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    shell.wait()
+    psutil.wait_procs(below, timeout=10)
+
+
+SERVERS = {"llm-serve": ours, "vLLM": theirs}
+
+
+# ---- the faults ---------------------------------------------------------------------------------------
+
+
+def _after_kill(server: Server, share: float) -> Figures:
+    """Kill EngineCore when this share of an answer has been given; the load goes on until all are served again."""
+    with clients(server.url) as outcomes:
+        outcomes.wait_for(2 * _STREAMS, time.monotonic(), _START_LIMIT_S)
+        time.sleep(share * _ONE_ANSWER_S)
+        core, began = server.core(), time.monotonic()
+        os.kill(core, signal.SIGKILL)
+        first_s = outcomes.wait_for(_STREAMS, began, _START_LIMIT_S)
+    lost = outcomes.lost(began)
+    lost["unanswered"] = 0  # cancelled by us, when the measurement was over
+    return {"next answer s": round(first_s, 2), "lost": {how: count for how, count in lost.items() if count}}
+
+
+def kill(model: Path, rounds: int) -> dict[str, Figures]:
+    """EngineCore killed under load, the same number of times for both."""
+    figures: dict[str, Figures] = {}
+    for name, serve in SERVERS.items():
+        with serve(model, servers.ARGUMENTS) as server:
+            seen = [_after_kill(server, (number + 0.5) / rounds) for number in range(rounds)]
+        figures[name] = {
+            "next answer s, median": statistics.median(each["next answer s"] for each in seen),
+            "rounds": seen,
+        }
+    medians = [each["next answer s, median"] for each in figures.values()]
+    figures["ratio"] = {"next answer": round(medians[0] / medians[1], 3)}
+    return figures
+
+
+def fit(model: Path, rounds: int) -> dict[str, Figures]:
+    """A KV cache too small: engine starts until the server is well. Once, for what never ends cannot be repeated."""
+    figures: dict[str, Figures] = {}
+    for name, serve in SERVERS.items():
+        with serve(model, dict(servers.ARGUMENTS) | _TOO_SMALL) as server:
+            began = time.monotonic()
+            while not (is_well := server.is_well()) and time.monotonic() < began + _WATCH_A_LOOP_S:
+                time.sleep(0.2)
+            figures[name] = {
+                "serves": is_well,
+                "engine starts": server.starts(),
+                "watched s": round(time.monotonic() - began, 1),
+            }
+    return figures
+
+
+def _after_hang(server: Server) -> Figures:
+    with clients(server.url) as outcomes:
+        outcomes.wait_for(2 * _STREAMS, time.monotonic(), _START_LIMIT_S)
+        time.sleep(_ONE_ANSWER_S / 2)
+        stopped, began = psutil.Process(server.core()), time.monotonic()
+        stopped.suspend()
+        noticed = None
+        while noticed is None and time.monotonic() < began + _WATCH_A_HANG_S:
+            noticed = None if server.is_well() else round(time.monotonic() - began, 1)
+            time.sleep(0.1)
+        answered = None
+        if noticed is not None:
+            answered = round(outcomes.wait_for(_STREAMS, began, _START_LIMIT_S), 1)
+    lost = outcomes.lost(began)
+    if noticed is not None:
+        lost.pop("unanswered", None)
+    return {"noticed after s": noticed, "next answer s": answered, "lost": lost}
+
+
+def hang(model: Path, rounds: int) -> dict[str, Figures]:
+    """EngineCore stopped under load, and watched for a minute. Once: what is never noticed takes for ever."""
+    figures: dict[str, Figures] = {}
+    for name, serve in SERVERS.items():
+        with serve(model, servers.ARGUMENTS) as server:
+            figures[name] = _after_hang(server)
+    return figures
+
+
+FAULTS: dict[str, Callable[[Path, int], dict[str, Figures]]] = {"kill": kill, "fit": fit, "hang": hang}
+
+
+def _table(found: Mapping[str, Mapping[str, Figures]]) -> Iterator[str]:
+    for fault, by_server in found.items():
+        for name, figures in by_server.items():
+            shown = {key: value for key, value in figures.items() if key != "rounds"}
+            if "rounds" in figures:
+                shown["lost"] = sum((Counter(each["lost"]) for each in figures["rounds"]), Counter())
+            yield f"{fault:6} {name:10} " + ", ".join(
+                f"{key}: {dict(value) if isinstance(value, Counter) else value}" for key, value in shown.items()
+            )
+
+
+def main() -> None:
+    """Measure, print one table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder; the demo's without it")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=FAULTS, action="append", help="this fault; may be given again")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    model = given.model or ensure_demo_model(default_cache(os.environ), print)
+    found: dict[str, dict[str, Figures]] = {}
+    for fault in given.only or FAULTS:
+        found[fault] = FAULTS[fault](model, given.rounds)
+        print("\n".join(_table({fault: found[fault]})), flush=True)
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
