@@ -530,6 +530,22 @@ async def test_holding_again_makes_new_requests_wait() -> None:
         assert b"b" == (await tasks[0]).body
 
 
+async def test_other_keys_and_limits_count_from_the_next_request() -> None:
+    """After a reload of the file the old key is worth nothing, and as many may wait as it says then."""
+    door = gate(["left"], max_queued=0)
+    before = await Call(headers=KEY).ask(door)
+    door.reconfigure(Keys(["right"]), Limits(max_queued=1, hold_timeout_s=30.0), open_metrics=True)
+
+    async with waiting(door, Call(headers=KEY)):
+        full = await Call(headers=KEY).ask(door)
+        gone, scraped = (
+            await Call(headers={"authorization": "Bearer left"}).ask(door),
+            await Call("/metrics", "GET").ask(door),
+        )
+        assert (401, 503, 401, 200) == (before.status, full.status, gone.status, scraped.status)
+        assert 1 == door.held
+
+
 async def test_refusing_wakes_those_who_wait() -> None:
     """At the end nobody is left waiting, and nobody new is let in."""
     door, call = gate(), Call()
