@@ -82,6 +82,7 @@ def test_a_changed_plan_drops_no_request(daemon: MakeDaemon) -> None:
 REFUSED = {
     "broken TOML": ("[engine]", "[engine", "tiny.toml:"),
     "an unknown key": ("max_num_seqs", "max_num_sequences", "Did you mean max_num_seqs"),
+    "a wrong unit": ("anthropic_messages = true", 'hold_timeout_s = "5m"', "server.hold_timeout_s"),
     "a value that vLLM refuses": ('dtype = "float32"', 'dtype = "float33"', "engine.dtype"),
     "an option of the process": (
         "anthropic_messages = true",
@@ -104,6 +105,10 @@ def test_a_file_that_is_refused_changes_nothing(shared: Daemon, old: str, new: s
         )
     finally:
         shared.file.write_text(file)
+    shared.signal(signal.SIGHUP)
+    eventually(
+        lambda: shared.status()["reload_failed"], lambda why: why is None, within_s=30, what="a good file that counts"
+    )
 
     assert 78 == done.returncode
     assert reason in done.stderr

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from llm_serve.web.gate import Gate
     from llm_serve.web.limits import Limits
 
+_STDIN = 0
+
 
 def run(target: str) -> int:
     """Serve the instance that `target` names. Returns the exit status of the process."""
@@ -184,8 +186,15 @@ def _take_orders(supervisor: Supervisor, manager: Notifier, inside: FastAPI) -> 
         examine_engine(Verdict(instance.settings, instance.plan), instance.text)
 
     orders = Orders(supervisor, manager, read=reread, examine=examine)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, orders.request_reload)
     operations.take_orders(inside, orders.by_path())
+    has_file, had_terminal = Path(source).is_file(), os.isatty(_STDIN)
+
+    def hang_up() -> None:
+        # The signal's other meaning: the window that this runs in has been closed.
+        is_terminal_gone = had_terminal and not os.isatty(_STDIN)
+        supervisor.request_stop() if is_terminal_gone or not has_file else orders.request_reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
 
 
 def _reconfigure(gate: Gate, instance: Instance) -> None:
