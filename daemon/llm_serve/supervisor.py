@@ -263,6 +263,14 @@ class Supervisor:
             case machine.StopEngine():
                 self._spawn(self._stop_engine())
 
+    def _open_gate(self, gate: Gate) -> None:
+        """As wide as the engine's batch; from now on the gate knows of every step."""
+        slots, engine = self._factory.built.max_num_seqs, self._engine
+        if engine is not None:
+            engine.steps.tell(gate.note)
+            slots = slots and slots * (engine.args.data_parallel_size or 1)
+        gate.open(self._model, slots)
+
     def _close_gate(self, gate: Gate, *, refuse: bool) -> None:
         if not refuse:
             return gate.hold()
@@ -275,14 +283,6 @@ class Supervisor:
             self._failed_at = None
         self._notifier.ready()
         self._on_ready()
-
-    def _admit_to_engine(self, gate: Gate) -> None:
-        """Open the gate as wide as the engine's batch, and let it know of every step."""
-        slots, engine = self._factory.built.max_num_seqs, self._engine
-        if engine is not None:
-            engine.steps.tell(gate.note)
-            slots = slots and slots * (engine.args.data_parallel_size or 1)
-        gate.open(self._model, slots)
 
     async def _pause(self, epoch: int, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -358,7 +358,13 @@ async def test_readiness_tells_how_far_the_start_has_come() -> None:
     """503 of /readyz has the state, the phase and when to ask again."""
     call = await Call("/readyz", "GET").ask(gate())
 
-    assert {"state": "starting", "phase": "loading weights", "progress": 0.4, "why": "w"} == json.loads(call.body)
+    assert {
+        "state": "starting",
+        "phase": "loading weights",
+        "progress": 0.4,
+        "why": "w",
+        "is_drained": False,
+    } == json.loads(call.body)
     assert "5" == call.head["retry-after"]
 
 

@@ -43,12 +43,13 @@ class Gate:
         self.in_flight = self.held = 0
         self.heard: list[str] = []
 
+    def open(self, _: object, slots: int | None) -> None:
+        """Written down."""
+        assert slots is None, "the engine's own number counts, and this one has none"
+        self.heard.append("open")
+
     def note(self, _: object) -> None:
         """Nothing."""
-
-    def open(self, *_: object) -> None:
-        """Written down."""
-        self.heard.append("open")
 
     def hold(self) -> None:
         """Written down."""
@@ -85,9 +86,9 @@ class Factory:
         if seqs in self.refused:
             raise RuntimeError("refused")
         self.alive.append(epoch)
+        steps = SimpleNamespace(last_step_at=None, stalled_for_s=lambda: 0.0, tell=lambda note: None)
         args = SimpleNamespace(data_parallel_size=1)
-        steps = SimpleNamespace(last_step_at=None, stalled_for_s=lambda: 0.0, tell=lambda _: None)
-        return SimpleNamespace(epoch=epoch, steps=steps, processes=[], is_dead=False, llm=SimpleNamespace(), args=args)
+        return SimpleNamespace(epoch=epoch, steps=steps, args=args, processes=[], is_dead=False, llm=SimpleNamespace())
 
     async def stop(self, engine: Any) -> None:
         """The engine is gone."""

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from llm_serve.web.gate import Gate
     from llm_serve.web.limits import Limits
 
-_STDIN = 0
-
 
 def run(target: str) -> int:
     """Serve the instance that `target` names. Returns the exit status of the process."""
@@ -135,7 +133,7 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
     supervisor.on_change = partial(_reconfigure, gate)
     _take_orders(supervisor, start.manager, inside)
     timeouts = Timeouts(start.settings.server.header_timeout_s, start.settings.server.body_timeout_s)
-    servers = [Server(supervisor.gate, listener, timeouts), Server(inside, control)]
+    servers = [Server(gate, listener, timeouts), Server(inside, control)]
     for server in servers:
         await server.start()
     try:

@@ -10,8 +10,8 @@ from llm_serve.core.settings import Settings
 
 OF_THE_PROCESS = frozenset(
     {
-        *("model", "log.level", "log.format", "server.anthropic_messages", "server.body_timeout_s"),
-        *("server.front_ends", "server.header_timeout_s", "server.listen", "server.stream_keep_alive_s"),
+        *("model", "log.level", "log.format", "server.listen", "server.anthropic_messages", "server.front_ends"),
+        *("server.header_timeout_s", "server.body_timeout_s", "server.stream_keep_alive_s"),
     }
 )
 """Options that are used once, when the process starts; no stream begun with one model can be ended by another."""

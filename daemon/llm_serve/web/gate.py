@@ -113,7 +113,7 @@ class Gate:
     def reconfigure(self, keys: Keys, limits: Limits, *, open_metrics: bool) -> None:
         """Ask and allow this from now on. Who waits already waits as long as he was promised."""
         self._keys, self._limits = keys, limits
-        self._admission.bound(limits.max_queued, is_shared=keys.are_shared)
+        self._admission.resize(limits.max_queued, is_shared=keys.are_shared)
         self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
 
     # What clients meet.
