@@ -250,7 +250,7 @@ class Supervisor:
             case machine.Pause(epoch, seconds):
                 self._spawn(self._pause(epoch, seconds))
             case machine.OpenGate():
-                self._admit_to_engine(self.gate)
+                self._open_gate(self.gate)
             case machine.Announce():
                 self._announce()
             case machine.CloseGate(refuse):

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from llm_serve.web.gate import Gate
     from llm_serve.web.limits import Limits
 
+_STDIN = 0
+
 
 def run(target: str) -> int:
     """Serve the instance that `target` names. Returns the exit status of the process."""

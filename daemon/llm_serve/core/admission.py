@@ -98,10 +98,6 @@ class Admission(Generic[T]):
         self.is_open = False
         self.inside = 0
 
-    def bound(self, limit: int, *, is_shared: bool) -> None:
-        """Let so many wait from now on. Who waits already is not sent away."""
-        self._limit, self._is_shared = limit, is_shared
-
     def __len__(self) -> int:
         return len(self._queue)
 

@@ -31,6 +31,7 @@ def create(snapshot: Callable[[], Snapshot], model_names: tuple[str, ...]) -> Fa
         if now.state == State.serving:
             return JSONResponse({"state": now.state})
         body = {"state": now.state, "phase": now.phase, "progress": now.progress, "why": now.why}
+        body |= {"is_drained": now.is_drained}
         return JSONResponse(body, 503, {"retry-after": "5"})
 
     @app.api_route("/status", methods=["GET", "HEAD"])
