@@ -33,7 +33,7 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 
 int gettimeofday(struct timeval *restrict now, void *restrict zone) {
     int result = syscall(SYS_gettimeofday, now, zone);
-    if (result == 0 && now && offset_s)
+    if (result == 0 && offset_s)
         now->tv_sec += *offset_s;
     return result;
 }
