@@ -130,6 +130,18 @@ class Daemon:
         command = [sys.executable, "-c", _CONSOLE_ENTRY, "check", str(self.file), *options]
         return subprocess.run(command, env=self._environ, check=False, capture_output=True, text=True, timeout=120)
 
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of `llm-serve` on its file, as its user does."""
+        command = [sys.executable, "-c", _CONSOLE_ENTRY, *words, str(self.file)]
+        return subprocess.run(command, env=self._environ, check=False, capture_output=True, text=True, timeout=300)
+
+    def rewrite(self, old: str, new: str) -> str:
+        """Replace this in its file. Returns what the file was before."""
+        before = self.file.read_text()
+        assert old in before, before
+        self.file.write_text(before.replace(old, new))
+        return before
+
     @property
     def pid(self) -> int:
         """The daemon's own pid."""

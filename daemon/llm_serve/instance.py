@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,10 @@ class Instance:
     routes: frozenset[tuple[str, str]]
     state: Path
     """The folder of what is kept."""
+    text: str = ""
+    """The file's text, for line numbers in messages."""
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    """What clients may come in with; none lets everybody in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +43,13 @@ class Host:
     """The machine, as far as an instance has to do with it."""
 
     gpus: Gpus
+    used: tuple[Gpu, ...]
     memory: Memory
     postmortem: Postmortem
+
+    def serving(self, instance: Instance) -> Host:
+        """The same machine, with the memory of an instance whose file has changed."""
+        return replace(self, memory=self.memory.under(partial(_key, instance, self.used)))
 
 
 async def ready_host(instance: Instance, factory: Factory, collector: Collector, tell: Callable[[str], None]) -> Host:
@@ -67,7 +76,7 @@ async def ready_host(instance: Instance, factory: Factory, collector: Collector,
     factory.device_memory_bytes = min((gpu.memory_total_bytes for gpu in used), default=None)
     witnesses = Witnesses(gpus, used)
     postmortem = Postmortem(factory, collector, witnesses, instance.state)
-    return Host(gpus, Memory(StateFile(instance.state), partial(_key, instance, used)), postmortem)
+    return Host(gpus, used, Memory(StateFile(instance.state), partial(_key, instance, used)), postmortem)
 
 
 def _key(instance: Instance, gpus: tuple[Gpu, ...]) -> Key:

@@ -21,6 +21,12 @@ class Memory:
         self._file, self._key = file, key
         self._is_written = False
 
+    def under(self, key: Callable[[], learned.Key]) -> Memory:
+        """The same file, for an instance whose settings have changed."""
+        other = Memory(self._file, key)
+        other._is_written = self._is_written
+        return other
+
     def recall(self, asked: EnginePlan) -> Course:
         """The course to begin with. What cannot be read, or was learned on something else, is left out with a word."""
         value, warning = self._file.read()

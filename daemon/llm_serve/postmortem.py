@@ -51,7 +51,7 @@ class Postmortem:
             return await self._conclude(Evidence(), failure if known else Failure(Kind.host_limit, str(error)))
         evidence = error.evidence if isinstance(error, StartError) else self._collector.evidence(error)
         evidence = await asyncio.to_thread(self._witnesses.testify, evidence)
-        await self._wait_for_memory()
+        await self.wait_for_memory()
         return await self._conclude(evidence)
 
     async def of_death(self, engine: Engine) -> Failure:
@@ -71,10 +71,10 @@ class Postmortem:
         evidence = self._collector.evidence(since=since, has_served=True, **more)
         evidence = await asyncio.to_thread(self._witnesses.testify, evidence)
         await self._factory.kill(engine)
-        await self._wait_for_memory()
+        await self.wait_for_memory()
         return await self._conclude(evidence)
 
-    async def _wait_for_memory(self) -> None:
+    async def wait_for_memory(self) -> None:
         """The next engine measures what is free: the last one's memory must be back by then."""
         tell = get_logger().warning
         await gpu_gate.wait_for_memory(

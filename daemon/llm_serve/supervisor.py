@@ -24,7 +24,7 @@ from llm_serve.core.progress import SERVING, Phase
 from llm_serve.core.settings import Settings
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.evidence import Collector
-from llm_serve.engine.factory import Engine, Factory, StartError
+from llm_serve.engine.factory import Engine, Factory, Origin, StartError
 from llm_serve.host import boot, interpreter, processes
 from llm_serve.host.logs import get_logger
 from llm_serve.host.systemd import Notifier
@@ -40,6 +40,7 @@ _BURY_S = 5.0
 _COMPILING_AFTER_S = 5.0
 _GRACE_S = 60.0
 _WAITING = Phase("waiting", 0.0)
+_FINISHING = Phase("finishing requests in flight", 0.0)
 
 
 class Supervisor:
@@ -59,8 +60,12 @@ class Supervisor:
         self._vllm_version = installed_vllm()  # read once: it takes a descriptor, and there may be none later
         self._on_ready = on_ready
         self._events: asyncio.Queue[machine.Event] = asyncio.Queue()
+        self._heard = 0
+        self._turn = asyncio.Event()
+        self._files = {0: instance}
         self._tasks: set[asyncio.Task[None]] = set()
         self._building: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
         self._burying: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
         self._survivor: Any = None
@@ -71,6 +76,10 @@ class Supervisor:
         self._progress = stall.Progress()
         self._looked_at = self._busy_at = time.monotonic()
         self.gate: Gate | None = None
+        self.on_change: Callable[[Instance], None] = lambda _: None
+        """Called when another reading of the file counts from now on."""
+        self.reload_failed: str | None = None
+        """Why the last reload changed nothing, for people to see."""
 
     # What others may read or say.
     def snapshot(self) -> Snapshot:
@@ -103,6 +112,8 @@ class Supervisor:
             seconds_since_engine_step=self._seconds_since_step(),
             requests_held=self.gate.held if self.gate else 0,
             requests_in_flight=self.gate.in_flight if self.gate else 0,
+            is_drained=now.is_drained,
+            reload_failed=self.reload_failed,
             engine_pids=tuple(process.pid for process in self._engine.processes) if self._engine else (),
             memory_bytes=processes.resident_bytes(),
             engine_arguments=dict(now.course.plan.to_json()),
@@ -115,6 +126,8 @@ class Supervisor:
 
     def _phase(self) -> Phase:
         """How far a start has come; once there was none to wait for, the state itself."""
+        if self._situation.state is State.reloading and self._engine is not None:
+            return _FINISHING
         if self._situation.state in machine.HOLDING:
             return self._collector.phase or _WAITING
         return SERVING if self._situation.state is State.serving else Phase(self._situation.state.value, 0.0)
@@ -122,6 +135,49 @@ class Supervisor:
     def request_stop(self) -> None:
         """Ask for the end; a second time, ask for it now. Safe as a signal handler."""
         self._events.put_nowait(machine.StopRequested())
+
+    @property
+    def instance(self) -> Instance:
+        """What is served at present."""
+        return self._instance
+
+    @property
+    def situation(self) -> machine.Situation:
+        """What the machine knows at present."""
+        return self._situation
+
+    async def tell(self, event: machine.Event) -> machine.Situation:
+        """Tell the machine a fact, and return what the situation is after it."""
+        self._events.put_nowait(event)
+        number = self._heard + self._events.qsize()
+        return await self.until(lambda _: self._heard >= number)
+
+    async def until(self, is_so: Callable[[machine.Situation], bool]) -> machine.Situation:
+        """Return the situation when it is so, or when it is final."""
+        while not is_so(self._situation) and self._situation.state not in machine.FINAL:
+            await self._turn.wait()
+        return self._situation
+
+    async def offer(self, instance: Instance, *, needs_engine: bool) -> machine.Situation:
+        """Let what was read of a changed file count from now on, if the machine takes it."""
+        assert self._host is not None, "a file is read again only while an engine is up"
+        number = max(self._files) + 1
+        self._files[number] = instance
+        host = self._host.serving(instance)
+        course = await asyncio.to_thread(host.memory.recall, instance.plan) if needs_engine else None
+        return await self.tell(machine.FileChanged(number, _limits(instance.settings), course))
+
+    def _adopt(self, number: int) -> None:
+        """This reading of the file counts from now on; the last one may have to come back."""
+        self._files = {each: file for each, file in self._files.items() if each in {self._situation.file, number}}
+        self._instance = instance = self._files[number]
+        self._factory.read_from(Origin(instance.settings.source, instance.text))
+        self._host = self._host and self._host.serving(instance)
+        self.on_change(instance)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run this beside everything else; an error in it ends the instance."""
+        self._spawn(work)
 
     async def run(self, architectures: list[str]) -> int:
         """Serve until told to stop or until nothing helps any more. Returns the exit status."""
@@ -144,7 +200,10 @@ class Supervisor:
         while True:
             event = await self._events.get()
             before = self._situation
-            self._situation, orders = machine.step(before, event, time.monotonic())
+            after, orders = machine.step(before, event, time.monotonic())
+            if after.file != before.file:
+                self._adopt(after.file)
+            self._situation = after
             self._note(before, event)
             for order in orders:
                 if isinstance(order, machine.Exit):
@@ -174,6 +233,9 @@ class Supervisor:
         if now.state is not before.state:
             get_logger().info(f"{before.state} -> {now.state}", state=now.state.value, why=now.why, epoch=now.epoch)
         self._notifier.status(self.snapshot().line)
+        self._heard += 1
+        self._turn.set()
+        self._turn = asyncio.Event()
 
     async def _carry_out(self, order: machine.Action) -> None:
         assert self.gate is not None, "the gate is set before run()"
@@ -184,39 +246,43 @@ class Supervisor:
             case machine.Remember(course) if self._host is not None:
                 await self._host.memory.remember(course)
             case machine.RetireEngine(epoch):
-                self._spawn(self._retire(epoch, self.gate))
+                self._burying = self._spawn(self._retire(epoch))
             case machine.Pause(epoch, seconds):
                 self._spawn(self._pause(epoch, seconds))
             case machine.OpenGate():
                 self._open_gate(self.gate)
-            case machine.CloseGate(refuse=False):
-                self.gate.hold()
-            case machine.CloseGate():
-                self._notifier.stopping()
-                self.gate.refuse("this instance is stopping.", 5)
+            case machine.Announce():
+                self._announce()
+            case machine.CloseGate(refuse):
+                self._close_gate(self.gate, refuse=refuse)
             case machine.CutRequests():
                 if self._survivor is not None:
                     self._survivor.end(self._situation.why)
             case machine.Drain():
-                self._spawn(self._drain(self.gate))
+                self._begin_drain(self.gate)
             case machine.StopEngine():
                 self._spawn(self._stop_engine())
 
     def _open_gate(self, gate: Gate) -> None:
-        if self._failed_at is not None:
-            metrics.recovery_seconds.observe(time.monotonic() - self._failed_at)
-            self._failed_at = None
-        self._admit_to_engine(gate)
-        self._notifier.ready()
-        self._on_ready()
-
-    def _admit_to_engine(self, gate: Gate) -> None:
-        """Open the gate as wide as the engine's batch, and let it know of every step."""
+        """As wide as the engine's batch; from now on the gate knows of every step."""
         slots, engine = self._factory.built.max_num_seqs, self._engine
         if engine is not None:
             engine.steps.tell(gate.note)
             slots = slots and slots * (engine.args.data_parallel_size or 1)
         gate.open(self._model, slots)
+
+    def _close_gate(self, gate: Gate, *, refuse: bool) -> None:
+        if not refuse:
+            return gate.hold()
+        self._notifier.stopping()
+        return gate.refuse("this instance is stopping.", 5)
+
+    def _announce(self) -> None:
+        if self._failed_at is not None:
+            metrics.recovery_seconds.observe(time.monotonic() - self._failed_at)
+            self._failed_at = None
+        self._notifier.ready()
+        self._on_ready()
 
     async def _pause(self, epoch: int, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -289,14 +355,15 @@ class Supervisor:
 
         self._burying = self._spawn(bury())
 
-    async def _retire(self, epoch: int, gate: Gate) -> None:
-        """End an engine that is well. What has slipped in finishes first, or moves to the next engine."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            self._survivor.unbind()
-            await self._wait_for_answers(gate, self._instance.settings.server.drain_timeout_s)
-            metrics.continuous.engine_ended()
-            await self._factory.stop(engine)
+    async def _retire(self, epoch: int) -> None:
+        """End an engine that is well; if it has died meanwhile, its burial tells. What is open goes to the next."""
+        if (engine := self._engine) is None or engine.epoch != epoch or self._host is None:
+            return
+        self._engine = None
+        self._survivor.unbind()
+        metrics.continuous.engine_ended()
+        await self._factory.stop(engine)
+        await self._host.postmortem.wait_for_memory()
         self._events.put_nowait(machine.EngineRetired(epoch))
 
     async def _stop_engine(self) -> None:
@@ -318,13 +385,13 @@ class Supervisor:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             self._looked_at = time.monotonic()
-            if (engine := self._engine) is None or self._situation.state is not State.serving:
+            if (engine := self._engine) is None or self._situation.state not in machine.WATCHED:
                 continue
             if engine.is_dead:
                 self._found_dead(engine.epoch)
             elif (stalled_s := await self._stalled_for_s(engine)) > self._instance.settings.recovery.stall_timeout_s:
                 self._lose(engine.epoch, partial(_of_stall, seconds=stalled_s))
-            else:
+            elif self._situation.state is State.serving:
                 self._look_up()
 
     async def _stalled_for_s(self, engine: Engine) -> float:
@@ -349,18 +416,22 @@ class Supervisor:
             self._busy_at = time.monotonic()
             self._events.put_nowait(machine.StepUpDue())
 
+    def _begin_drain(self, gate: Gate) -> None:
+        """A stop in the middle of a reload has the whole drain time, whatever of the reload's has passed."""
+        if self._draining is not None:
+            self._draining.cancel()
+        self._draining = self._spawn(self._drain(gate))
+
     async def _drain(self, gate: Gate) -> None:
         timeout_s = self._instance.settings.server.drain_timeout_s
-        await self._wait_for_answers(gate, timeout_s)
-        if gate.in_flight:
-            get_logger().warning("drain deadline passed", seconds=timeout_s, in_flight=gate.in_flight)
+        deadline = time.monotonic() + timeout_s
+        while gate.in_flight > gate.held and self._engine is not None:
+            if time.monotonic() > deadline:
+                at_work = gate.in_flight - gate.held
+                get_logger().warning("drain deadline passed", seconds=timeout_s, in_flight=at_work)
+                break
+            await asyncio.sleep(0.05)
         self._events.put_nowait(machine.Drained())
-
-    async def _wait_for_answers(self, gate: Gate, timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while gate.in_flight > gate.held:  # noqa: ASYNC110 - once in a life, and the counter stays a plain number
-                    await asyncio.sleep(0.05)
 
     async def _tell_service_manager(self) -> None:
         """The watchdog hears from this loop, the one that judges health, and from nobody else."""
@@ -379,7 +450,7 @@ class Supervisor:
         now, recovery = time.monotonic(), self._instance.settings.recovery
         engine_hangs = (
             self._engine is not None
-            and self._situation.state is State.serving
+            and self._situation.state in machine.WATCHED
             and now - self._looked_at > recovery.stall_timeout_s + _GRACE_S
         )
         starts_for_ever = (
@@ -396,13 +467,15 @@ class Supervisor:
         while True:
             await asyncio.sleep(_EXTEND_EVERY_S)
             is_starting = self._situation.state in machine.HOLDING or self._situation.state is State.draining
-            if is_starting and self._factory.idle_s < 2 * _EXTEND_EVERY_S:
+            # Requests that finish before a reload are work as well, and have a deadline of their own.
+            is_busy = self._phase() is _FINISHING or self._factory.idle_s < 2 * _EXTEND_EVERY_S
+            if is_starting and is_busy:
                 self._notifier.extend_start(_EXTEND_BY_S)
 
     async def _log_stats(self) -> None:
         while True:
             await asyncio.sleep(_LOG_STATS_EVERY_S)
-            if self._engine is not None and self._situation.state is State.serving:
+            if self._engine is not None and self._situation.state in machine.WATCHED:
                 with contextlib.suppress(Exception):
                     await self._engine.llm.do_log_stats()
 

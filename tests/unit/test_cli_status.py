@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_serve.cli import control
 from llm_serve.cli import status as command
 from llm_serve.core.status import Snapshot
 
@@ -45,7 +46,7 @@ NOW = Snapshot(
 @pytest.fixture
 def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A daemon's control socket among this user's, and one that a killed daemon left."""
-    monkeypatch.setattr(command, "_places", lambda: [tmp_path / "run", tmp_path / "user"])
+    monkeypatch.setattr(control, "places", lambda: [tmp_path / "run", tmp_path / "user"])
     path = tmp_path / "user/qwen/control.sock"
     path.parent.mkdir(parents=True)
     # The tests before this one may have taken a while.

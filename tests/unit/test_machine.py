@@ -13,11 +13,14 @@ from llm_serve.core.evidence import Failure, Kind, Place
 from llm_serve.core.machine import (
     FINAL,
     HOLDING,
+    UP,
     Action,
+    Announce,
     CloseGate,
     CutRequests,
     Drain,
     Drained,
+    DrainRequested,
     EngineFailed,
     EngineLost,
     EngineReady,
@@ -25,6 +28,7 @@ from llm_serve.core.machine import (
     EngineStopped,
     Event,
     Exit,
+    FileChanged,
     Forgotten,
     HostMissing,
     HostReady,
@@ -34,6 +38,7 @@ from llm_serve.core.machine import (
     Pause,
     PauseOver,
     Remember,
+    ResumeRequested,
     RetireEngine,
     Situation,
     StartEngine,
@@ -67,8 +72,18 @@ STOPPING = replace(DRAINING, is_stopping_now=True)
 STOPPED = replace(STOPPING, state=State.stopped)
 FAILED = replace(PAUSING, state=State.failed)
 ON_RUNG_1 = replace(SERVING, course=replace(LEARNED, is_proven=True))
-GOING_UP = replace(ON_RUNG_1, state=State.recovering)
-ON_TRIAL = replace(GOING_UP, epoch=2, has_served=False, course=Course(PLAN), proven=ON_RUNG_1.course)
+GOING_UP = replace(ON_RUNG_1, state=State.recovering, next=Course(PLAN))
+ON_TRIAL = replace(GOING_UP, epoch=2, has_served=False, course=Course(PLAN), proven=ON_RUNG_1.course, next=None)
+DRAINED = replace(SERVING, state=State.drained, is_drained=True)
+OTHER_LIMITS = replace(LIMITS, restart_limit=2)
+OTHER_PLAN = EnginePlan("m", {"max_model_len": 4096, "max_num_seqs": 32}, {})
+OTHER = Course(OTHER_PLAN)
+CHANGE = FileChanged(1, OTHER_LIMITS, OTHER)
+FINISHING = replace(
+    SERVING, state=State.reloading, before=SERVING, file=1, limits=OTHER_LIMITS, next=OTHER, starts=(10.0, 20.0)
+)
+RELOADING = replace(FINISHING, epoch=2, has_served=False, course=OTHER, next=None, starts=(70.0,))
+RELOAD_PAUSING = replace(RELOADING, has_engine=False, last_failure=CRASH)
 SPENT = replace(PAUSING, starts=(50.0, 60.0, 70.0, 75.0))
 
 AT = 80.0
@@ -91,8 +106,15 @@ ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
         State.starting,
         (StartEngine(1, "start", LEARNED.plan),),
     ),
-    "the first engine answers": (STARTING, EngineReady(1), State.serving, (Remember(ASKED), OpenGate())),
-    "it is time for a larger plan": (ON_RUNG_1, StepUpDue(), State.recovering, (HOLD, RetireEngine(1))),
+    "the first engine answers": (STARTING, EngineReady(1), State.serving, (Remember(ASKED), OpenGate(), Announce())),
+    "it is time for a larger plan": (ON_RUNG_1, StepUpDue(), State.recovering, (HOLD, Drain())),
+    "requests have finished for a larger plan": (GOING_UP, Drained(), State.recovering, (RetireEngine(1),)),
+    "the engine dies as it makes room for a larger plan": (
+        GOING_UP,
+        EngineFailed(1, CRASH),
+        State.recovering,
+        (HOLD, Pause(2, 0.0)),
+    ),
     "a trial would spend the last starts": (
         replace(ON_RUNG_1, starts=(50.0, 60.0)),
         StepUpDue(),
@@ -101,7 +123,7 @@ ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
     ),
     "there is no larger plan": (SERVING, StepUpDue(), State.serving, ()),
     "the larger plan is tried": (GOING_UP, EngineRetired(1), State.recovering, (StartEngine(2, "step_up", PLAN),)),
-    "the larger plan holds": (ON_TRIAL, EngineReady(2), State.serving, (Remember(ASKED), OpenGate())),
+    "the larger plan holds": (ON_TRIAL, EngineReady(2), State.serving, (Remember(ASKED), OpenGate(), Announce())),
     "the larger plan fails": (ON_TRIAL, EngineFailed(2, TOO_SMALL, BUILT), State.recovering, (HOLD, Pause(3, 0.0))),
     "what was learned is forgotten": (
         replace(PAUSING, course=LEARNED),
@@ -132,7 +154,7 @@ ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
         (HOLD, Pause(2, 0.0)),
     ),
     "the pause is over": (PAUSING, PauseOver(2), State.recovering, (StartEngine(2, "crashed", PLAN),)),
-    "the next engine answers": (RESTARTING, EngineReady(2), State.serving, (OpenGate(),)),
+    "the next engine answers": (RESTARTING, EngineReady(2), State.serving, (OpenGate(), Announce())),
     "an engine is lost while a stop is under way": (STOPPING, EngineLost(1), State.draining, ()),
     "the next engine fails too": (RESTARTING, EngineFailed(2, CRASH), State.recovering, (HOLD, Pause(3, 1.0))),
     "the starts are spent": (SPENT, PauseOver(2), State.failed, (REFUSE, CutRequests(), Exit(70, GAVE_UP))),
@@ -141,6 +163,79 @@ ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
         HostReady(),
         State.failed,
         (REFUSE, CutRequests(), Exit(70, GAVE_UP.split(";", maxsplit=1)[0])),
+    ),
+    "the file asks for another engine": (SERVING, CHANGE, State.reloading, (HOLD, Drain())),
+    "the file asks for another engine while drained": (DRAINED, CHANGE, State.reloading, (HOLD, Drain())),
+    "the file asks for other numbers": (SERVING, FileChanged(1, OTHER_LIMITS), State.serving, ()),
+    "requests have finished for another engine": (FINISHING, Drained(), State.reloading, (RetireEngine(1),)),
+    "the last engine has made room": (
+        FINISHING,
+        EngineRetired(1),
+        State.reloading,
+        (StartEngine(2, "reload", OTHER_PLAN),),
+    ),
+    "the last engine is lost before it has made room": (FINISHING, EngineLost(1), State.reloading, ()),
+    "the last engine has died before it has made room": (
+        FINISHING,
+        EngineFailed(1, CRASH),
+        State.reloading,
+        (StartEngine(2, "reload", OTHER_PLAN),),
+    ),
+    "the changed plan answers": (
+        RELOADING,
+        EngineReady(2),
+        State.serving,
+        (Remember(replace(OTHER, is_proven=True)), OpenGate(), Announce()),
+    ),
+    "the changed plan answers while drained": (
+        replace(RELOADING, is_drained=True),
+        EngineReady(2),
+        State.drained,
+        (Remember(replace(OTHER, is_proven=True)), Announce()),
+    ),
+    "the changed plan is refused": (
+        RELOADING,
+        EngineFailed(2, BAD_WEIGHTS),
+        State.recovering,
+        (Remember(ASKED), HOLD, Pause(3, 0.0)),
+    ),
+    "the changed plan crashes as it starts": (
+        RELOADING,
+        EngineFailed(2, CRASH),
+        State.recovering,
+        (Remember(ASKED), HOLD, Pause(3, 0.0)),
+    ),
+    "the changed plan has no start left": (
+        replace(RELOAD_PAUSING, starts=(70.0, 75.0)),
+        PauseOver(3),
+        State.recovering,
+        (Remember(ASKED), HOLD, Pause(3, 0.0)),
+    ),
+    "the changed plan's next rung is started": (
+        RELOAD_PAUSING,
+        PauseOver(3),
+        State.reloading,
+        (StartEngine(3, "crashed", OTHER_PLAN),),
+    ),
+    "stop while requests finish for another engine": (FINISHING, StopRequested(), State.draining, (REFUSE, Drain())),
+    "stop while another engine starts": (
+        RELOADING,
+        StopRequested(),
+        State.draining,
+        (REFUSE, CutRequests(), StopEngine()),
+    ),
+    "stop while drained": (DRAINED, StopRequested(), State.draining, (REFUSE, Drain())),
+    "admission is stopped": (SERVING, DrainRequested(), State.drained, (HOLD,)),
+    "admission is stopped once more": (DRAINED, DrainRequested(), State.drained, ()),
+    "admission is stopped before the engine is up": (STARTING, DrainRequested(), State.starting, ()),
+    "admission is resumed": (DRAINED, ResumeRequested(), State.serving, (OpenGate(),)),
+    "admission is resumed once more": (SERVING, ResumeRequested(), State.serving, ()),
+    "an engine is found dead while drained": (DRAINED, EngineLost(1), State.recovering, (HOLD,)),
+    "the next engine answers while drained": (
+        replace(RESTARTING, is_drained=True),
+        EngineReady(2),
+        State.drained,
+        (Announce(),),
     ),
     "stop before the host": (
         WAITING,
@@ -181,6 +276,9 @@ ALL = {
     "serving": SERVING,
     "pausing": PAUSING,
     "restarting": RESTARTING,
+    "drained": DRAINED,
+    "finishing": FINISHING,
+    "reloading": RELOADING,
     "draining": DRAINING,
     "stopping": STOPPING,
     "stopped": STOPPED,
@@ -199,6 +297,21 @@ IGNORED: list[tuple[str, Event]] = [
     ("starting", PauseOver(2)),
     ("starting", Drained()),
     ("starting", EngineStopped()),
+    ("waiting", CHANGE),
+    ("starting", CHANGE),
+    ("serving", EngineRetired(1)),
+    ("pausing", CHANGE),
+    ("restarting", CHANGE),
+    ("drained", EngineReady(1)),
+    ("finishing", CHANGE),
+    ("finishing", EngineReady(1)),
+    ("finishing", StepUpDue()),
+    ("reloading", CHANGE),
+    ("reloading", Drained()),
+    ("reloading", EngineRetired(2)),
+    ("draining", CHANGE),
+    ("draining", DrainRequested()),
+    ("draining", EngineRetired(1)),
     ("serving", HostReady()),
     ("serving", EngineReady(1)),
     ("serving", EngineFailed(0, CRASH)),
@@ -236,6 +349,9 @@ def test_a_fact_out_of_place_changes_nothing(name: str, event: Event) -> None:
         StopRequested(),
         Drained(),
         EngineStopped(),
+        CHANGE,
+        DrainRequested(),
+        ResumeRequested(),
     ],
     ids=lambda event: type(event).__name__,
 )
@@ -320,6 +436,56 @@ def test_the_last_word_tells_the_whole_story() -> None:
     assert all(each in last_word for each in (*told, BROKEN, "rung 1"))
 
 
+def test_a_changed_file_that_does_not_start_leaves_the_situation_as_it_was() -> None:
+    """Course, limits and the number of the file are those from before, the reason is kept, and the story tells it."""
+    now = SERVING
+    for event in (CHANGE, Drained(), EngineRetired(1), EngineFailed(2, BAD_WEIGHTS), PauseOver(3), EngineReady(3)):
+        now, _ = step(now, event, AT)
+
+    assert (State.serving, ASKED, LIMITS, 0, None) == (now.state, now.course, now.limits, now.file, now.before)
+    assert BROKEN == now.fell_back
+    assert any(BROKEN in sentence for sentence in now.story)
+
+
+def test_a_changed_file_walks_its_own_ladder() -> None:
+    """A plan that a smaller one can cure is made smaller, as after a restart with that file."""
+    reloading = replace(RELOADING, limits=replace(OTHER_LIMITS, choices=Choices(Floors(512, 4))))
+    after, orders = step(reloading, EngineFailed(2, replace(TOO_SMALL, fitting_model_len=2064), BUILT), AT)
+
+    assert (State.reloading, 1) == (after.state, after.course.rung)
+    assert (Remember(after.course), HOLD, Pause(3, 0.0)) == orders
+
+
+def test_a_changed_file_has_a_restart_window_of_its_own() -> None:
+    """Ten reloads within an hour are no reason to give up."""
+    now = SERVING
+    for epoch in range(1, 11):
+        now, _ = step(now, FileChanged(epoch, LIMITS, OTHER), AT)
+        now, orders = step(now, EngineRetired(epoch), AT)
+        assert (StartEngine(epoch + 1, "reload", OTHER_PLAN),) == orders
+        now, _ = step(now, EngineReady(epoch + 1), AT)
+
+    assert State.serving is now.state
+
+
+def test_admission_stays_stopped_over_a_recovery() -> None:
+    """Who drained an instance finds it drained when its engine has died and come back; who resumes it opens it."""
+    now = DRAINED
+    for event in (EngineLost(1), EngineFailed(1, CRASH), PauseOver(2), EngineReady(2)):
+        now, orders = step(now, event, AT)
+
+    assert State.drained is now.state
+    assert OpenGate() not in orders
+    assert (OpenGate(),) == step(now, ResumeRequested(), AT)[1]
+
+
+def test_admission_that_is_resumed_during_a_recovery_opens_with_the_engine() -> None:
+    """The order counts as soon as it can."""
+    resumed, _ = step(replace(RESTARTING, is_drained=True), ResumeRequested(), AT)
+
+    assert OpenGate() in step(resumed, EngineReady(2), AT)[1]
+
+
 def test_jitter_stretches_pauses_and_no_more() -> None:
     """Two instances of one machine do not start in step."""
     second = replace(RESTARTING, limits=replace(LIMITS, jitter=1.0))
@@ -345,6 +511,9 @@ EVENTS = st.one_of(
     st.builds(Drained),
     st.builds(EngineStopped),
     st.builds(StopRequested),
+    st.builds(DrainRequested),
+    st.builds(ResumeRequested),
+    st.builds(FileChanged, st.integers(1, 9), st.just(LIMITS), st.sampled_from([None, OTHER, Course(PLAN, (LOWER,))])),
 )
 
 
@@ -372,12 +541,32 @@ class World:
         self.is_stop_asked |= isinstance(event, StopRequested)
         has_failed = isinstance(event, EngineFailed) and event.epoch == self.engine
         has_retired = isinstance(event, EngineRetired) and event.epoch == self.engine
-        has_failed = has_failed or (has_retired and before.state is State.recovering)
+        has_failed = has_failed or (has_retired and before.next is not None and before.state is not State.draining)
         if has_failed or (isinstance(event, EngineStopped) and before.state is State.draining):
             self.engine = None
+        if isinstance(event, FileChanged) and self.now.before is not None and before.before is None:
+            self._take(event)
         for order in orders:
             self._carry_out(order)
+        self._check_promises(before)
         self._check()
+
+    def _take(self, change: FileChanged) -> None:
+        """A changed file has been taken: it has starts of its own, and what was learned comes from the disk."""
+        self.starts = []
+        if change.course is not None and change.course.steps:
+            self.on_disk = change.course
+
+    def _check_promises(self, before: Situation) -> None:
+        """What a reload or a drain must not do."""
+        if before.before is not None:
+            assert self.now.state is not State.failed, "ended because of a reload"
+        if self.now.before is None and before.before is not None and self.now.state not in UP | {State.draining}:
+            assert (before.before.course, before.before.limits) == (self.now.course, self.now.limits)
+            self.starts = []
+        assert not (self.now.is_drained and self.now.state is State.serving)
+        assert (self.now.state is State.drained) <= self.now.is_drained
+        assert (self.now.before is not None) <= (self.now.state in {State.reloading, State.draining, *FINAL})
 
     def _is_stale(self, event: Event) -> bool:
         """True for a fact about an engine that is not current."""
@@ -409,7 +598,7 @@ class World:
         recent = [start for start in self.starts if self.at - limits.restart_window_s < start]
         assert len(recent) <= limits.restart_limit
         assert self.is_open == (self.now.state is State.serving)
-        assert self.now.state is not State.serving or self.engine == self.now.epoch
+        assert self.now.state not in UP or self.engine == self.now.epoch
         assert (self.now.state in FINAL) == (len(self.exits) == 1)
         assert len(self.exits) <= 1
         assert self.now.why
@@ -460,6 +649,43 @@ def test_a_faithful_world_always_ends_after_a_stop(data: st.DataObject) -> None:
 
     assert State.stopped is world.now.state
     assert [Exit(0, "stopped as asked")] == world.exits
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_faithful_world_serves_again_after_any_reload(data: st.DataObject) -> None:
+    """However often the changed plan fails, the instance ends up with it or with what served before, in few starts."""
+    limit = data.draw(st.integers(1, 4))
+    world = World(replace(LIMITS, restart_limit=limit, choices=Choices(Floors(1024, 4))))
+    for event in (HostReady(), EngineReady(1)):
+        world.happens(event)
+    served = world.now
+    world.happens(FileChanged(1, world.now.limits, data.draw(st.sampled_from([OTHER, Course(PLAN, (LOWER,))]))))
+    if data.draw(st.booleans()):
+        world.happens(EngineFailed(1, data.draw(FAILURES)))
+    else:
+        world.happens(Drained())
+        world.happens(EngineRetired(1))
+
+    while world.now.before is not None:
+        world.at += data.draw(st.floats(0, 60))
+        hands: list[Event] = [DrainRequested(), ResumeRequested(), StepUpDue()]
+        world.happens(data.draw(st.sampled_from(hands)))
+        if world.engine is None:
+            world.happens(PauseOver(world.pauses[-1].epoch))
+        elif data.draw(st.booleans()):
+            world.happens(EngineReady(world.engine))
+        else:
+            world.happens(EngineFailed(world.engine, data.draw(FAILURES), BUILT))
+
+    is_kept = world.now.file == 1
+    assert world.now.state in UP if is_kept else world.now.state is State.recovering
+    assert is_kept or (served.course, PLAN) == (world.now.course, world.now.course.plan)
+    if not is_kept:
+        world.happens(PauseOver(world.pauses[-1].epoch))
+        world.happens(EngineReady(world.now.epoch))
+    assert world.now.state in UP
+    assert [] == world.exits
 
 
 RETRIED = st.builds(Failure, st.sampled_from((Kind.killed, Kind.crashed, Kind.unknown)), st.just("x"))

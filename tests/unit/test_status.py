@@ -34,6 +34,8 @@ LINES = {
     State.starting: "starting: loading weights, 40% (the engine answers)",
     State.serving: "serving qwen on 127.0.0.1:8000: 3 in flight, 2 start(s)",
     State.recovering: "recovering: loading weights, 40% (the engine answers)",
+    State.drained: "drained: the engine answers",
+    State.reloading: "reloading: loading weights, 40% (the engine answers)",
     State.draining: "draining: the engine answers",
     State.stopped: "stopped: the engine answers",
     State.failed: "failed: the engine answers",
@@ -44,6 +46,15 @@ LINES = {
 def test_every_state_has_its_line(state: State) -> None:
     """What systemd and people read says the state and what explains it."""
     assert LINES[state] == dataclasses.replace(NOW, state=state.value).line
+
+
+def test_a_reload_that_failed_is_in_the_line() -> None:
+    """Who looks at `systemctl status` sees that the file is not what is served."""
+    line = dataclasses.replace(NOW, state=State.serving.value, reload_failed="engine.dtype is wrong").line
+
+    assert (
+        "serving qwen on 127.0.0.1:8000: 3 in flight, 2 start(s); the last reload failed: engine.dtype is wrong" == line
+    )
 
 
 def test_status_has_every_value_by_its_name() -> None:

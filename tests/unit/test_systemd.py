@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,18 @@ def test_each_message_stands_alone(told: Notifier, manager: socket.socket) -> No
     told.alive()
 
     assert [b"READY=1", b"STOPPING=1", b"WATCHDOG=1"] == [manager.recv(4096) for _ in range(3)]
+
+
+def test_a_reload_says_when_it_began(told: Notifier, manager: socket.socket) -> None:
+    """RELOADING=1 carries the monotonic time in microseconds, by which its READY=1 is known."""
+    before = time.monotonic_ns() // 1000
+    told.reloading()
+    after = time.monotonic_ns() // 1000
+
+    first, _, second = manager.recv(4096).decode().partition("\n")
+    name, _, value = second.partition("=")
+    assert ("RELOADING=1", "MONOTONIC_USEC") == (first, name)
+    assert before <= int(value) <= after
 
 
 def test_more_time_is_asked_for_in_microseconds(told: Notifier, manager: socket.socket) -> None:

@@ -65,7 +65,7 @@ def examine(target: str) -> Verdict:
     settings, text = read_instance(target)
     problems: list[Problem] = []
     verdict = Verdict(settings, EnginePlan.from_settings(settings))
-    for step in (_examine_keys, _examine_engine):
+    for step in (_examine_keys, examine_engine):
         try:
             step(verdict, text)
         except ConfigError as error:
@@ -102,7 +102,8 @@ def _keys_out_of_sight(settings: Settings) -> str | None:
     return None
 
 
-def _examine_engine(verdict: Verdict, text: str) -> None:
+def examine_engine(verdict: Verdict, text: str) -> None:
+    """Let vLLM judge the plan. Raises ConfigError with what it says."""
     from llm_serve.engine.forkserver import environment
 
     # As in a start: some variables of vLLM's and the hub's decide what is valid.

@@ -78,6 +78,34 @@ def reset(target: Target, json_output: Json = False) -> None:
     raise typer.Exit(command(target, json_output))
 
 
+@app.command(epilog="Example: llm-serve reload qwen7b")
+def reload(target: Target, json_output: Json = False) -> None:
+    """Let a running instance serve what its file says now; a file that is wrong changes nothing."""
+    from llm_serve.cli.reload import reload as command
+
+    raise typer.Exit(command(target, json_output))
+
+
+@app.command(epilog="Example: llm-serve drain --wait qwen7b")
+def drain(
+    target: Target,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when no request is in flight.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Stop admission without stopping the engine: new requests wait, those in flight finish."""
+    from llm_serve.cli.drain import drain as command
+
+    raise typer.Exit(command(target, wait, json_output))
+
+
+@app.command(epilog="Example: llm-serve resume qwen7b")
+def resume(target: Target, json_output: Json = False) -> None:
+    """Resume admission after `drain`."""
+    from llm_serve.cli.drain import resume as command
+
+    raise typer.Exit(command(target, json_output))
+
+
 def main() -> None:
     """The console script."""
     app()

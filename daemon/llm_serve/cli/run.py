@@ -11,7 +11,8 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from llm_serve.core.budgets import budgets
 from llm_serve.core.errors import ConfigError, LlmServeError
 from llm_serve.core.instance_file import check_exposure
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.settings import Settings
+from llm_serve.core.settings import ServerSettings, Settings
 from llm_serve.engine import openai_routes
 from llm_serve.engine.openai_routes import Route
 from llm_serve.host import boot, listening, logs
@@ -28,24 +29,34 @@ from llm_serve.host.systemd import Notifier, notifier
 
 if TYPE_CHECKING:
     # Half a second of FastAPI and uvicorn that a refused file need not wait for.
+    from fastapi import FastAPI
+
     from llm_serve.engine.factory import Places
     from llm_serve.engine.relay import Receiver
+    from llm_serve.instance import Instance
     from llm_serve.supervisor import Supervisor
     from llm_serve.web.asgi import Asgi
     from llm_serve.web.gate import Gate
+    from llm_serve.web.limits import Limits
 
 
 def run(target: str) -> int:
     """Serve the instance that `target` names. Returns the exit status of the process."""
     manager = notifier(os.environ)
     try:
-        settings, text = read_instance(target)
-        keys = read_api_keys(settings, os.environ)
-        if (problem := check_exposure(settings, bool(keys), text)) is not None:
-            raise ConfigError((problem,))
+        start = Start(*read(target), manager)
     except LlmServeError as error:
         return report(error, manager)
-    return serve(Start(settings, text, keys, manager))
+    return serve(start)
+
+
+def read(target: str) -> tuple[Settings, str, tuple[str, ...]]:
+    """The settings that `target` names, the text they were read from, and the API keys. Raises ConfigError."""
+    settings, text = read_instance(target)
+    keys = read_api_keys(settings, os.environ)
+    if (problem := check_exposure(settings, bool(keys), text)) is not None:
+        raise ConfigError((problem,))
+    return settings, text, keys
 
 
 def report(error: LlmServeError, manager: Notifier) -> int:
@@ -118,9 +129,11 @@ async def _serve(start: Start, runtime: Path, listener: socket.socket, control: 
         asyncio.get_running_loop().add_signal_handler(number, supervisor.request_stop)
     REGISTRY.register(metrics.SnapshotCollector(supervisor.snapshot))
     inside = operations.create(supervisor.snapshot, _model_names(start.settings))
-    supervisor.gate = _gate(start, inside)
+    supervisor.gate = gate = _gate(start, inside)
+    supervisor.on_change = partial(_reconfigure, gate)
+    _take_orders(supervisor, start.manager, inside)
     timeouts = Timeouts(start.settings.server.header_timeout_s, start.settings.server.body_timeout_s)
-    servers = [Server(supervisor.gate, listener, timeouts), Server(inside, control)]
+    servers = [Server(gate, listener, timeouts), Server(inside, control)]
     for server in servers:
         await server.start()
     try:
@@ -150,19 +163,52 @@ def _supervisor(start: Start, places: Places) -> tuple[Supervisor, Receiver]:
     origin = factory.Origin(start.settings.source, start.text)
     engines = factory.Factory(places, collector, receiver, origin)
     plan = EnginePlan.from_settings(start.settings)
-    instance = Instance(start.settings, plan, _routes(start.settings), places.state)
+    instance = Instance(start.settings, plan, _routes(start.settings), places.state, start.text, start.keys)
     return Supervisor(instance, start.manager, engines, collector, start.on_ready), receiver
+
+
+def _take_orders(supervisor: Supervisor, manager: Notifier, inside: FastAPI) -> None:
+    """From now on the file can be read again, as SIGHUP or the control socket asks, and admission be stopped."""
+    from llm_serve.cli.check import Verdict, examine_engine
+    from llm_serve.orders import Orders
+    from llm_serve.web import operations
+
+    source = supervisor.instance.settings.source
+
+    def reread() -> Instance:
+        settings, text, keys = read(source)
+        plan = EnginePlan.from_settings(settings)
+        return replace(supervisor.instance, settings=settings, plan=plan, text=text, keys=keys)
+
+    def examine(instance: Instance) -> None:
+        examine_engine(Verdict(instance.settings, instance.plan), instance.text)
+
+    orders = Orders(supervisor, manager, read=reread, examine=examine)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, orders.request_reload)
+    operations.take_orders(inside, orders.by_path())
+
+
+def _reconfigure(gate: Gate, instance: Instance) -> None:
+    from llm_serve.web.keys import Keys
+
+    server = instance.settings.server
+    gate.reconfigure(Keys(instance.keys), _limits(server), open_metrics=server.open_metrics)
+
+
+def _limits(server: ServerSettings) -> Limits:
+    from llm_serve.web.limits import Limits
+
+    return Limits(server.max_queued, server.hold_timeout_s, server.max_body_bytes, server.stream_keep_alive_s)
 
 
 def _gate(start: Start, operations: Asgi) -> Gate:
     from llm_serve.web.gate import Gate
     from llm_serve.web.keys import Keys
-    from llm_serve.web.limits import Limits
 
     server = start.settings.server
     return Gate(
         keys=Keys(start.keys),
-        limits=Limits(server.max_queued, server.hold_timeout_s, server.max_body_bytes, server.stream_keep_alive_s),
+        limits=_limits(server),
         routes=_routes(start.settings),
         operations=operations,
         open_metrics=server.open_metrics,

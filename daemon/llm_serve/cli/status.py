@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
-import socket
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-_TIMEOUT_S = 5.0
+from llm_serve.cli import control
+
 _COLUMNS = ("instance", "state", "for", "starts", "in flight", "held", "model")
 
 
 def status(name: str | None, json_output: bool) -> int:
     """Print one instance whole, or a line for each. Returns 0, or 75 when there is nobody to ask."""
-    sockets = {name: found} if name and (found := _find(name)) else {} if name else _all()
-    answers = {each: answer for each, path in sorted(sockets.items()) if (answer := _ask(path)) is not None}
+    sockets = {name: found} if name and (found := control.find(name)) else {} if name else control.find_all()
+    asked = {each: control.ask(path, "/status") for each, path in sorted(sockets.items())}
+    answers = {each: answer for each, answer in asked.items() if answer is not None}
     if not answers:
         who = f"{name} does" if name else "no instance does"
         print(f"llm-serve: {who} not run here, or not for this user.", file=sys.stderr)
@@ -30,45 +28,6 @@ def status(name: str | None, json_output: bool) -> int:
     else:
         _print_table(list(answers.values()))
     return 0
-
-
-def _places() -> list[Path]:
-    base = os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/llm-serve-{os.getuid()}"  # noqa: S108 - see boot.runtime_folder
-    return [Path("/run/llm-serve"), Path(base) / "llm-serve"]
-
-
-def _find(name: str) -> Path | None:
-    return next((path for place in _places() if (path := place / name / "control.sock").exists()), None)
-
-
-def _all() -> dict[str, Path]:
-    return {path.parent.name: path for place in reversed(_places()) for path in place.glob("*/control.sock")}
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over the control socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the path instead of a host."""
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(_TIMEOUT_S)
-        self.sock.connect(str(self._path))
-
-
-def _ask(path: Path) -> dict[str, Any] | None:
-    connection = _UnixConnection(path)
-    try:
-        connection.request("GET", "/status")
-        answer: dict[str, Any] = json.loads(connection.getresponse().read())
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-    return answer
 
 
 def _print_one(now: dict[str, Any]) -> None:
@@ -83,6 +42,8 @@ def _print_one(now: dict[str, Any]) -> None:
         "start": f"{now['phase']} ({now['progress']:.0%})",
         "last failure": now["last_failure"] or "none",
         "daemon": f"pid {now['pid']}, {now['memory_bytes'] >> 20} MiB, up {_age(now['started'])}",
+        "admission": "stopped by hand" if now["is_drained"] else "open",
+        "last reload": f"failed: {now['reload_failed']}" if now["reload_failed"] else "none failed",
         "file": now["source"],
     }
     for label, value in rows.items():

@@ -101,6 +101,10 @@ class Admission(Generic[T]):
     def __len__(self) -> int:
         return len(self._queue)
 
+    def resize(self, limit: int, *, is_shared: bool) -> None:
+        """Count by these from now on; who waits already goes on waiting."""
+        self._limit, self._is_shared = limit, is_shared
+
     # What becomes of the engine.
     def open(self, slots: int | None) -> None:
         """There is an engine that runs `slots` requests at once; None when unknown, and then nothing is kept back."""

@@ -7,6 +7,8 @@ Invariants, checked after every step in tests:
 - the gate is open exactly in `serving`;
 - after a stop was asked for, no engine is started;
 - a plan that nothing has proven is remembered before an engine is started with it;
+- while admission is stopped by hand, `serving` is not entered; whoever stopped it or nobody opens it again;
+- an instance that served before its file was read again does not end because of what it then read;
 - `stopped` and `failed` are final, and each is entered with exactly one Exit.
 """
 
@@ -29,14 +31,20 @@ class State(StrEnum):
     starting = "starting"
     serving = "serving"
     recovering = "recovering"
+    drained = "drained"
+    reloading = "reloading"
     draining = "draining"
     stopped = "stopped"
     failed = "failed"
 
 
 FINAL = frozenset({State.stopped, State.failed})
-HOLDING = frozenset({State.waiting_for_host, State.starting, State.recovering})
+HOLDING = frozenset({State.waiting_for_host, State.starting, State.recovering, State.reloading})
 """States in which a request waits for an engine instead of being refused."""
+UP = frozenset({State.serving, State.drained})
+"""States in which the engine answers; `drained` is without admission, which somebody has stopped by hand."""
+WATCHED = UP | {State.reloading}
+"""States in which an engine may be at work on requests, so that its death or stall matters."""
 
 
 # Events are facts.
@@ -96,6 +104,28 @@ class StepUpDue:
 
 
 @dataclass(frozen=True, slots=True)
+class FileChanged:
+    """The file has been read again, and has passed every check. `number` names this reading.
+
+    `course` is what its plan begins with; None where the engine of the moment is what it asks for.
+    """
+
+    number: int
+    limits: Limits
+    course: Course | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """Somebody wants no new request to reach the engine, which goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeRequested:
+    """Somebody wants requests to reach the engine again."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRetired:
     """The engine of this epoch was ended in good order, to make room for another. Nothing of it is left."""
 
@@ -126,7 +156,8 @@ class EngineStopped:
 
 Event = (
     HostReady | HostWaits | HostMissing | Forgotten | EngineReady | EngineLost | EngineFailed | StepUpDue
-    | EngineRetired | PauseOver | StopRequested | Drained | EngineStopped
+    | FileChanged | DrainRequested | ResumeRequested | EngineRetired | PauseOver | StopRequested | Drained
+    | EngineStopped
 )  # fmt: skip
 
 
@@ -149,7 +180,7 @@ class Remember:
 
 @dataclass(frozen=True, slots=True)
 class RetireEngine:
-    """End the engine, which is well, and report EngineRetired."""
+    """End the engine, which is well, and report EngineRetired. Requests that it has not answered move to the next."""
 
     epoch: int
 
@@ -165,6 +196,11 @@ class Pause:
 @dataclass(frozen=True, slots=True)
 class OpenGate:
     """Let requests through to the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the service manager that the engine answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +233,10 @@ class Exit:
     why: str
 
 
-Action = StartEngine | Remember | RetireEngine | Pause | OpenGate | CloseGate | Drain | CutRequests | StopEngine | Exit
+Action = (
+    StartEngine | Remember | RetireEngine | Pause | OpenGate | Announce | CloseGate | Drain | CutRequests | StopEngine
+    | Exit
+)  # fmt: skip
 Answered = tuple["Situation", tuple[Action, ...]]
 
 
@@ -222,6 +261,10 @@ class Situation:
     `epoch` is up or coming up: from StartEngine to the fact that nothing of it is left. `has_served` is true once
     that engine has answered. `struck` are the failures of the plan of the moment, by time. `proven` is the course to
     return to while a larger plan is on trial. `story` is what happened, a sentence an event, for the last word.
+
+    `file` is the number of the reading of the file that counts. `next` is the course that the next engine gets, while
+    this one finishes. `before` is the situation to return to while the plan of a changed file is on trial.
+    `fell_back` says why the last changed file was left again. `is_drained` is true while admission is stopped by hand.
     """
 
     limits: Limits
@@ -240,6 +283,11 @@ class Situation:
     trials_failed: int = 0
     story: tuple[str, ...] = ()
     is_stopping_now: bool = False
+    is_drained: bool = False
+    file: int = 0
+    next: Course | None = None
+    before: Situation | None = None
+    fell_back: str = ""
 
 
 def step(now: Situation, event: Event, at: float) -> Answered:  # noqa: C901, PLR0911, PLR0912 - a table, one row a return
@@ -258,19 +306,37 @@ def step(now: Situation, event: Event, at: float) -> Answered:  # noqa: C901, PL
             return _fail(now, status, why, at)
         case Forgotten() if not now.has_engine:
             return replace(now, course=Course(now.course.asked), proven=None, struck=()), ()
-        case PauseOver(epoch) if now.state is State.recovering and not now.has_engine and epoch == now.epoch + 1:
-            return _start(now, State.recovering, _reason(now), at)
+        case PauseOver(epoch) if now.state in _BETWEEN_ENGINES and not now.has_engine and epoch == now.epoch + 1:
+            return _start(now, now.state, _reason(now), at)
         case EngineReady(epoch) if _is_current(now, epoch) and now.state in HOLDING and not now.has_served:
             return _ready(now, at)
-        case EngineLost(epoch) if _is_current(now, epoch) and now.state is State.serving:
+        case EngineLost(epoch) if _is_current(now, epoch) and now.state in UP:
             return _to(now, State.recovering, "the engine died", at), (CloseGate(refuse=False),)
         case EngineFailed(epoch, failure, built) if _is_current(now, epoch):
             return _after_failure(replace(now, has_engine=False), failure, built, at)
         case StepUpDue() if now.state is State.serving and now.course.rung and _may_try(now, at):
             why = f"trying one rung up, after {now.course.rung} down"
-            return _to(now, State.recovering, why, at), (CloseGate(refuse=False), RetireEngine(now.epoch))
-        case EngineRetired(epoch) if _is_current(now, epoch) and now.state is State.recovering:
-            return _try_larger(replace(now, has_engine=False), at)
+            rising = replace(now, next=now.course.one_up())
+            return _to(rising, State.recovering, why, at), (CloseGate(refuse=False), Drain())
+        case FileChanged(number, limits, None) if now.state in UP:
+            return replace(now, file=number, limits=limits, fell_back=""), ()
+        case FileChanged(number, limits, Course() as course) if now.state in UP:
+            changed = replace(now, before=now, file=number, limits=limits, next=course, fell_back="")
+            why = "the file has changed; requests in flight finish first"
+            return _to(changed, State.reloading, why, at), (CloseGate(refuse=False), Drain())
+        case Drained() if now.next is not None and now.state in _BETWEEN_ENGINES:
+            return now, (RetireEngine(now.epoch),)
+        case EngineRetired(epoch) if _is_current(now, epoch) and now.next is not None and now.state in _BETWEEN_ENGINES:
+            return _try_next(replace(now, has_engine=False), now.next, at)
+        case DrainRequested() if now.state is State.serving:
+            drained = replace(now, is_drained=True)
+            return _to(drained, State.drained, "admission is stopped by hand", at), (CloseGate(refuse=False),)
+        case DrainRequested() if now.state in HOLDING:
+            return replace(now, is_drained=True), ()
+        case ResumeRequested() if now.state is State.drained:
+            return _to(replace(now, is_drained=False), State.serving, "admission is resumed", at), (OpenGate(),)
+        case ResumeRequested():
+            return replace(now, is_drained=False), ()
         case StopRequested():
             return _stop(now, at)
         case Drained() if now.state is State.draining and not now.is_stopping_now:
@@ -279,6 +345,9 @@ def step(now: Situation, event: Event, at: float) -> Answered:  # noqa: C901, PL
             return _to(now, State.stopped, "stopped as asked", at), (Exit(0, "stopped as asked"),)
         case _:
             return now, ()
+
+
+_BETWEEN_ENGINES = frozenset({State.recovering, State.reloading})
 
 
 def _is_current(now: Situation, epoch: int) -> bool:
@@ -301,35 +370,43 @@ def _reason(now: Situation) -> str:
 def _start(now: Situation, state: State, reason: str, at: float) -> Answered:
     recent = within_window(now.starts, at, now.limits.restart_window_s)
     if len(recent) >= now.limits.restart_limit:
-        window_s = now.limits.restart_window_s
-        return _fail(now, 70, f"gave up after {len(recent)} engine starts in {window_s:g} s", at)
+        why = f"gave up after {len(recent)} engine starts in {now.limits.restart_window_s:g} s"
+        return _back_from_file(now, why, at) if now.before is not None else _fail(now, 70, why, at)
     started = replace(now, epoch=now.epoch + 1, has_engine=True, has_served=False, starts=(*recent, at))
     order = StartEngine(started.epoch, reason, now.course.plan)
     return _to(started, state, f"engine start {started.epoch}", at), (order,)
 
 
 def _ready(now: Situation, at: float) -> Answered:
-    """The engine answers: its plan is proven, and so is a larger one that was on trial."""
+    """The engine answers: its plan is proven, and so is a larger or a changed one that was on trial."""
     was_proven = now.course.is_proven and now.proven is None
     course = replace(now.course, is_proven=True)
     trials_failed = 0 if now.proven is not None else now.trials_failed
-    serving = replace(
-        now, course=course, proven=None, trials_failed=trials_failed, failures_in_a_row=0, has_served=True
-    )
-    orders: tuple[Action, ...] = (OpenGate(),) if was_proven else (Remember(course), OpenGate())
-    return _to(serving, State.serving, "the engine answers", at), orders
+    up = replace(now, course=course, proven=None, before=None, trials_failed=trials_failed, failures_in_a_row=0)
+    orders: tuple[Action, ...] = () if was_proven else (Remember(course),)
+    if now.is_drained:
+        why = "the engine answers; admission is stopped by hand"
+        return _to(replace(up, has_served=True), State.drained, why, at), (*orders, Announce())
+    return _to(replace(up, has_served=True), State.serving, "the engine answers", at), (*orders, OpenGate(), Announce())
 
 
-def _try_larger(now: Situation, at: float) -> Answered:
-    larger = replace(now, course=now.course.one_up(), proven=now.course, struck=())
-    return _start(larger, State.recovering, "step_up", at)
+def _try_next(now: Situation, course: Course, at: float) -> Answered:
+    """The last engine has made room. A file that a person has changed begins with a restart window of its own."""
+    if now.before is None:
+        return _start(replace(now, course=course, next=None, proven=now.course, struck=()), now.state, "step_up", at)
+    fresh = replace(now, course=course, next=None, proven=None, struck=(), starts=(), failures_in_a_row=0)
+    return _start(fresh, State.reloading, "reload", at)
 
 
 def _after_failure(now: Situation, failure: Failure, built: Effective, at: float) -> Answered:
     if now.state is State.draining:
         return _to(now, State.draining, "the engine died while draining", at), (CutRequests(),)
+    if now.before is not None and now.next is not None:
+        story = _told(now, f"engine {now.epoch}: {failure}")
+        return _try_next(replace(now, last_failure=failure, story=story), now.next, at)
     if now.proven is not None and not now.has_served:
         return _back_from_trial(now, failure, at)
+    now = replace(now, next=None)
     recent = [(when, kind) for when, kind in now.struck if at - now.limits.restart_window_s < when]
     failed = replace(
         now,
@@ -339,8 +416,17 @@ def _after_failure(now: Situation, failure: Failure, built: Effective, at: float
         story=_told(now, f"engine {now.epoch}: {failure}"),
     )
     times = sum(kind is failure.kind for _, kind in failed.struck)
-    strike = Strike(failure, times, now.has_served, built)
-    match answer(strike, failed.course, now.limits.choices):
+    return _answered(failed, Strike(failure, times, now.has_served, built), at)
+
+
+def _answered(failed: Situation, strike: Strike, at: float) -> Answered:
+    """The policy's answer. A changed file's plan may be made smaller; it is not tried again as it is."""
+    failure = strike.failure
+    match answer(strike, failed.course, failed.limits.choices):
+        case GiveUp(_, why) if failed.before is not None:
+            return _back_from_file(failed, why, at)
+        case Again() if failed.before is not None:
+            return _back_from_file(failed, str(failure), at)
         case GiveUp(status, why):
             return _fail(failed, status, why, at)
         case Again():
@@ -356,7 +442,7 @@ def _after_failure(now: Situation, failure: Failure, built: Effective, at: float
 def _pause(now: Situation, why: str, at: float) -> Answered:
     seconds = backoff_s(now.failures_in_a_row) * (1 + now.limits.jitter / 4)
     orders = (CloseGate(refuse=False), Pause(now.epoch + 1, seconds))
-    return _to(now, State.recovering, why, at), orders
+    return _to(now, State.reloading if now.before is not None else State.recovering, why, at), orders
 
 
 def _back_from_trial(now: Situation, failure: Failure, at: float) -> Answered:
@@ -367,6 +453,28 @@ def _back_from_trial(now: Situation, failure: Failure, at: float) -> Answered:
         now, course=now.proven, proven=None, trials_failed=now.trials_failed + 1, story=_told(now, why), struck=()
     )
     return _to(back, State.recovering, why, at), (CloseGate(refuse=False), Pause(now.epoch + 1, 0.0))
+
+
+def _back_from_file(now: Situation, why: str, at: float) -> Answered:
+    """The changed file's plan does not start: at once back to the file that served, with all that went with it."""
+    assert now.before is not None
+    sentence = f"the changed file's engine does not start ({why}); back to the file that served before"
+    back = replace(
+        now.before,
+        state=now.state,
+        since=now.since,
+        epoch=now.epoch,
+        has_engine=False,
+        has_served=False,
+        is_drained=now.is_drained,
+        last_failure=now.last_failure,
+        story=_told(now, sentence),
+        starts=(),
+        struck=(),
+        fell_back=why,
+    )
+    orders = (Remember(back.course), CloseGate(refuse=False), Pause(now.epoch + 1, 0.0))
+    return _to(back, State.recovering, sentence, at), orders
 
 
 def _fail(now: Situation, status: int, why: str, at: float) -> Answered:
@@ -390,7 +498,7 @@ _STORY_SENTENCES = 40
 def _stop(now: Situation, at: float) -> Answered:
     if now.state is not State.draining:
         orders: tuple[Action, ...] = (CloseGate(refuse=True),)
-        if now.state is State.serving:
+        if now.state in UP or (now.state is State.reloading and now.next is not None):
             return _to(now, State.draining, "finishing requests in flight", at), (*orders, Drain())
         stopping = replace(now, is_stopping_now=True)
         return _to(stopping, State.draining, "stopping before the engine was up", at), (

@@ -1,4 +1,4 @@
-"""The snapshot that all but the supervisor read: /status, /metrics, systemd's STATUS line, `status`."""
+"""What a running instance tells: its snapshot (/status, /metrics, systemd's STATUS line), and replies to orders."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Snapshot:
     seconds_since_engine_step: float | None = None
     requests_held: int = 0
     requests_in_flight: int = 0
+    is_drained: bool = False
+    reload_failed: str | None = None
     engine_pids: tuple[int, ...] = ()
     memory_bytes: int = 0
     engine_arguments: dict[str, Any] = field(default_factory=dict)
@@ -46,10 +48,19 @@ class Snapshot:
     @property
     def line(self) -> str:
         """One line for systemd and people."""
-        if self.state in {"starting", "recovering"}:
+        if self.state in {"starting", "recovering", "reloading"}:
             return f"{self.state}: {self.phase}, {self.progress:.0%} ({self.why})"
         if self.state == "serving":
             rung = f", rung {self.rung}" if self.rung else ""
             counts = f"{self.requests_in_flight} in flight, {self.engine_starts} start(s){rung}"
-            return f"serving {self.model} on {self.listen}: {counts}"
+            reload = f"; the last reload failed: {self.reload_failed}" if self.reload_failed else ""
+            return f"serving {self.model} on {self.listen}: {counts}{reload}"
         return f"{self.state}: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What became of an order: the exit status for the command, and a sentence for the person."""
+
+    exit_status: int
+    message: str

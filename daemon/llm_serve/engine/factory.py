@@ -145,6 +145,10 @@ class Factory:
         self.device_memory_bytes: int | None = None
         """Of one GPU, where somebody has found it out."""
 
+    def read_from(self, origin: Origin) -> None:
+        """The file behind the next plans is this one."""
+        self._origin = origin
+
     def prepare(self, plan: EnginePlan, architectures: list[str]) -> None:
         """Set the process up for vLLM and let the fork server load it. Call from the main thread; returns at once."""
         self._architectures = architectures

@@ -10,6 +10,7 @@ import array
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -28,6 +29,9 @@ class Notifier(Protocol):
 
     def ready(self) -> None:
         """The service answers."""
+
+    def reloading(self) -> None:
+        """The configuration is being read again; `ready` ends it, whatever came of it."""
 
     def status(self, text: str) -> None:
         """One line for `systemctl status`."""
@@ -54,6 +58,9 @@ class Silence:
     watchdog_s = None
 
     def ready(self) -> None:
+        """Nothing."""
+
+    def reloading(self) -> None:
         """Nothing."""
 
     def status(self, text: str) -> None:
@@ -87,6 +94,10 @@ class Systemd:
     def ready(self) -> None:
         """The service answers."""
         self._send("READY=1")
+
+    def reloading(self) -> None:
+        """The configuration is being read again. The time tells the manager which `ready` belongs to it."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
     def status(self, text: str) -> None:
         """One line, sent only when it has changed."""

@@ -110,6 +110,12 @@ class Gate:
         if not self._admission:
             self._let_in_at.clear()  # the pace of a queue that is over says nothing about the next one
 
+    def reconfigure(self, keys: Keys, limits: Limits, *, open_metrics: bool) -> None:
+        """Ask and allow this from now on. Who waits already waits as long as he was promised."""
+        self._keys, self._limits = keys, limits
+        self._admission.resize(limits.max_queued, is_shared=keys.are_shared)
+        self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
+
     # What clients meet.
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""

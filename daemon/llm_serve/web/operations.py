@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
 from llm_serve import metrics
 from llm_serve.core.machine import State
-from llm_serve.core.status import Snapshot
+from llm_serve.core.status import Reply, Snapshot
 
 
 def create(snapshot: Callable[[], Snapshot], model_names: tuple[str, ...]) -> FastAPI:
@@ -30,6 +31,7 @@ def create(snapshot: Callable[[], Snapshot], model_names: tuple[str, ...]) -> Fa
         if now.state == State.serving:
             return JSONResponse({"state": now.state})
         body = {"state": now.state, "phase": now.phase, "progress": now.progress, "why": now.why}
+        body |= {"is_drained": now.is_drained}
         return JSONResponse(body, 503, {"retry-after": "5"})
 
     @app.api_route("/status", methods=["GET", "HEAD"])
@@ -50,3 +52,18 @@ def create(snapshot: Callable[[], Snapshot], model_names: tuple[str, ...]) -> Fa
         return JSONResponse({"object": "list", "data": data})
 
     return app
+
+
+def take_orders(app: FastAPI, orders: Mapping[str, Callable[[], Awaitable[Reply]]]) -> None:
+    """Let the application take orders, with POST. The gate passes nothing but reading on, so they come from inside."""
+    for path, order in orders.items():
+        app.add_api_route(path, _answering(order), methods=["POST"])
+
+
+def _answering(order: Callable[[], Awaitable[Reply]]) -> Callable[[], Awaitable[Response]]:
+    async def answer() -> Response:
+        """200 when it was done, 409 when not; the body says what came of it."""
+        reply = await order()
+        return JSONResponse(asdict(reply), 409 if reply.exit_status else 200)
+
+    return answer

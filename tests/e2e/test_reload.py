@@ -1,0 +1,221 @@
+"""A file that changes under a daemon that serves, and admission that is stopped by hand, with the real model."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from tests.daemon import MODEL_NAME, Daemon, eventually
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
+
+MakeDaemon = Callable[..., Daemon]
+_ENDED_WITHIN_S = 10
+
+
+class Loop:
+    """Clients that ask one short question after another, and what they were told."""
+
+    def __init__(self, daemon: Daemon, clients: int = 4) -> None:
+        self._url, self._stop = daemon.url, threading.Event()
+        self.answers: list[object] = []
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self) -> None:
+        body = {"model": MODEL_NAME, "prompt": "One", "max_tokens": 4, "temperature": 0}
+        with httpx.Client(base_url=self._url, timeout=120, trust_env=False) as client:
+            while not self._stop.is_set():
+                try:
+                    self.answers.append(client.post("/v1/completions", json=body).status_code)
+                except httpx.TransportError as error:
+                    self.answers.append(repr(error))
+
+    def end(self) -> list[object]:
+        """Let everybody have his answer, and return all of them."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(120)
+            assert not thread.is_alive()
+        return self.answers
+
+
+def text_of(events: list[dict[str, list[dict[str, str]]]]) -> str:
+    """What a stream's client has read."""
+    return "".join(choice["text"] for event in events for choice in event.get("choices", ()))
+
+
+def test_a_changed_plan_drops_no_request(daemon: MakeDaemon) -> None:
+    """A stream that outlives the drain time moves to the new engine unbroken, and who asks meanwhile is answered."""
+    ready = daemon({"server": {"drain_timeout_s": 1}}).wait_ready()
+    with ready.stream(400) as alone:
+        whole = text_of(alone.wait().events)
+    others = Loop(ready)
+    with ready.stream(400) as stream:
+        stream.wait_for_tokens(5)
+        ready.rewrite("max_num_seqs = 16", "max_num_seqs = 8")
+
+        done = ready.command("reload")
+        stream.wait()
+
+    answers = others.end()
+    assert (0, "") == (done.returncode, done.stderr)
+    assert "applied engine.max_num_seqs with a new engine" in done.stdout
+    assert {200} == set(answers)
+    assert (["length"], [], "[DONE]") == (stream.finish_reasons, stream.errors, stream.end)
+    assert whole == text_of(stream.events)
+    status = ready.status()
+    assert ("serving", 8, 2, None) == tuple(
+        status[name] for name in ("state", "max_num_seqs", "engine_starts", "reload_failed")
+    )
+    assert 1.0 == ready.metric('llm_serve_engine_starts_total{reason="reload"}')
+    for outcome in ("interrupted", "rejected", "poisoned", "aborted"):
+        assert 0.0 == ready.metric(f'llm_serve_requests_total{{outcome="{outcome}"}}')
+
+
+REFUSED = {
+    "broken TOML": ("[engine]", "[engine", "tiny.toml:"),
+    "an unknown key": ("max_num_seqs", "max_num_sequences", "Did you mean max_num_seqs"),
+    "a value that vLLM refuses": ('dtype = "float32"', 'dtype = "float33"', "engine.dtype"),
+    "an option of the process": (
+        "anthropic_messages = true",
+        "anthropic_messages = false",
+        "server.anthropic_messages",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), REFUSED.values(), ids=REFUSED)
+def test_a_file_that_is_refused_changes_nothing(shared: Daemon, old: str, new: str, reason: str) -> None:
+    """Exit status 78 with the reason, while the same engine serves on; also when only a signal asks."""
+    before, others = shared.status(), Loop(shared, clients=1)
+    file = shared.rewrite(old, new)
+    try:
+        done = shared.command("reload")
+        shared.signal(signal.SIGHUP)
+        eventually(
+            lambda: shared.status()["reload_failed"] or "", lambda why: reason in why, within_s=30, what="reload_failed"
+        )
+    finally:
+        shared.file.write_text(file)
+
+    assert 78 == done.returncode
+    assert reason in done.stderr
+    assert {200} == set(others.end())
+    after = shared.status()
+    for name in ("state", "pid", "epoch", "engine_pids", "engine_arguments"):
+        assert before[name] == after[name]
+
+
+def test_limits_keys_and_recovery_need_no_engine(daemon: MakeDaemon) -> None:
+    """What is not the engine's counts at once, with the engine as it is; what is no change does nothing."""
+    ready = daemon().wait_ready()
+    keys = ready.folder / "keys"
+    keys.write_text("a-key-of-this-test\n")
+    keys.chmod(0o600)
+    ready.rewrite("[server]\n", f'[server]\napi_keys = "{keys}"\nmax_queued = 1\n[recovery]\nstall_timeout_s = 77\n')
+    text = ready.file.read_text()
+    listen = next(line for line in text.splitlines() if line.startswith("listen"))
+    ready.file.write_text(text.replace(listen, "").replace("[server]\n", f"[server]\n{listen}\n"))
+
+    done, again = ready.command("reload"), ready.command("reload")
+
+    assert "applied recovery.stall_timeout_s, server.api_keys, server.max_queued without a new engine" in done.stdout
+    assert "no option has changed" in again.stdout
+    assert (0, 0) == (done.returncode, again.returncode)
+    assert 401 == ready.chat().status_code
+    assert 200 == ready.chat(headers={"authorization": "Bearer a-key-of-this-test"}).status_code
+    ready.http.headers["authorization"] = "Bearer a-key-of-this-test"
+    assert 1 == ready.status()["engine_starts"]
+
+
+def test_a_plan_that_does_not_start_is_left_for_the_one_that_served(daemon: MakeDaemon) -> None:
+    """Exit status 70 with the reason, the old plan again in the same process, and requests that only waited."""
+    ready = daemon({"recovery": {"floor_max_model_len": 2048}}).wait_ready()
+    pid, others = ready.pid, Loop(ready)
+    ready.rewrite("kv_cache_memory_bytes = 268435456", "kv_cache_memory_bytes = 4194304")
+
+    done = ready.command("reload")
+
+    assert 70 == done.returncode, done
+    assert "does not start" in done.stderr
+    assert "KV cache" in done.stderr
+    assert "serves again" in done.stderr
+    assert {200} == set(others.end())
+    status = ready.status()
+    assert ("serving", pid, 3, 0) == tuple(status[name] for name in ("state", "pid", "engine_starts", "rung"))
+    assert 268435456 == status["engine_arguments"]["arguments"]["kv_cache_memory_bytes"]
+    assert "KV cache" in status["reload_failed"]
+    ready.stop()
+
+
+def test_drain_lets_requests_wait_and_resume_lets_them_in(daemon: MakeDaemon) -> None:
+    """What is in flight ends, what comes waits, both are said, and both commands may be given twice."""
+    ready = daemon().wait_ready()
+    with ready.stream(200) as stream:
+        stream.wait_for_tokens(3)
+        first, second = ready.command("drain"), ready.command("drain", "--wait")
+        stream.wait(within_s=5)
+    waiting = ready.later(ready.chat)
+    eventually(lambda: ready.status()["requests_held"], lambda held: held == 1, within_s=10, what="requests_held")
+    unready, is_done, status = ready.http.get("/readyz"), waiting.is_done, ready.status()
+    opened, again = ready.command("resume"), ready.command("resume")
+
+    assert (["length"], []) == (stream.finish_reasons, stream.errors)
+    assert (0, 0, 0, 0) == tuple(done.returncode for done in (first, second, opened, again))
+    assert "stopped: new requests wait." in first.stdout
+    assert "already stopped: new requests wait. Nothing is in flight" in second.stdout
+    assert (503, "drained") == (unready.status_code, unready.json()["state"])
+    assert (False, True, 1) == (is_done, status["is_drained"], status["engine_starts"])
+    assert ("open.", "already open.") == (opened.stdout.split("is ")[1].strip(), again.stdout.split("is ")[1].strip())
+    assert 200 == waiting.result(within_s=30).status_code
+    assert 200 == ready.http.get("/readyz").status_code
+
+
+def test_a_stop_of_a_drained_instance_lets_its_stream_finish(daemon: MakeDaemon) -> None:
+    """SIGTERM after `drain` is a stop like any other: the stream has its end, who waits is refused, status 0."""
+    ready = daemon({"server": {"drain_timeout_s": 20}}).wait_ready()
+    with ready.stream(150) as stream:
+        stream.wait_for_tokens(3)
+        assert 0 == ready.command("drain").returncode
+        waiting = ready.later(ready.chat)
+        eventually(lambda: ready.status()["requests_held"], lambda held: held == 1, within_s=10, what="requests_held")
+        ready.stop()
+        stream.wait()
+    assert ["length"] == stream.finish_reasons
+    assert 503 == waiting.result(within_s=1).status_code
+
+
+STAGES = {"requests finish": "finishing requests", "the engine starts": "engine start 2"}
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_a_stop_in_the_middle_of_a_reload_ends_in_time(daemon: MakeDaemon, stage: str) -> None:
+    """SIGTERM is obeyed at any point of a reload: status 0 within the drain time and 10 s, and nothing is left."""
+    drain_s = 30 if stage.startswith("finishing") else 1
+    ready = daemon({"server": {"drain_timeout_s": drain_s}}).wait_ready()
+    with ready.stream(500) as stream:
+        stream.wait_for_tokens(3)
+        ready.rewrite("max_num_seqs = 16", "max_num_seqs = 8")
+        ready.signal(signal.SIGHUP)
+        eventually(
+            lambda: "{phase} {why}".format(**ready.status()), lambda seen: stage in seen, within_s=60, what="the stage"
+        )
+        began = time.monotonic()
+        ready.signal(signal.SIGTERM)
+        status = ready.wait_for_exit(drain_s + _ENDED_WITHIN_S)
+        took_s = time.monotonic() - began
+        stream.wait()
+
+    assert 0 == status, ready.log()[-3000:]
+    assert took_s < drain_s + _ENDED_WITHIN_S
+    assert stream.finish_reasons == ["length"] or stream.errors
+    eventually(ready.processes, lambda left: left == [], within_s=3, what="no process left")
+    assert [] == ready.new_shared_memory()
+    assert [] == ready.temporary_files()
