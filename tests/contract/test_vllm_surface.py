@@ -407,3 +407,13 @@ def test_this_process_has_started_no_engine() -> None:
     torch = sys.modules["torch"]
 
     assert not torch.cuda.is_initialized()
+
+
+def test_the_memo_that_keeps_tokenizers_can_be_cleared() -> None:
+    """A dead engine's tokenizer is freed by clearing what vLLM remembers of chat templates, by its name there."""
+    from vllm.utils import func_utils
+
+    func_utils.supports_kw(lambda tools: tools, "tools")
+    assert 0 < func_utils._supports_kw.cache_info().currsize
+    func_utils._supports_kw.cache_clear()
+    assert 0 == func_utils._supports_kw.cache_info().currsize

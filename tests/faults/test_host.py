@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import struct
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.daemon import Daemon, Stream, eventually
+from tests.daemon import Daemon, eventually
 from tests.faults.conftest import engine_core
 from tests.figures import Watch
 
@@ -19,7 +23,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]
 MakeDaemon = Callable[..., Daemon]
 _TOO_SMALL = {"engine": {"max_model_len": 8192, "kv_cache_memory_bytes": 128 << 20}}
 _DAY_S = 86_400
-_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+_WALL_CLOCK = Path(__file__).parent / "inject" / "wall_clock.c"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace needs root")
 
 
@@ -94,45 +98,47 @@ def test_a_state_file_that_is_cut(daemon: MakeDaemon, watch: Watch, tmp_path: Pa
     assert 1 == serving.start().wait_ready().status()["engine_starts"]
 
 
-@pytest.mark.skipif(not _FAKETIME.exists(), reason="needs libfaketime (Debian: faketime)")
+class WallClock:
+    """The wall clock of a daemon's processes, which can be set while they run; monotonic clocks stay."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file, library = folder / "offset", folder / "wall_clock.so"
+        self._file.write_bytes(struct.pack("@l", 0))
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", library, _WALL_CLOCK], check=True)
+        self.environ = {"LD_PRELOAD": str(library), "WALL_CLOCK_FILE": str(self._file)}
+
+    def move(self, seconds: int) -> None:
+        """From now on it is so far from the true one."""
+        with self._file.open("r+b") as file:  # in place: it is mapped
+            file.write(struct.pack("@l", seconds))
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="setting the clock of a process needs gcc")
 @pytest.mark.row("28", "wall clock jumps by a day, both ways")
 def test_the_wall_clock_jumps(daemon: MakeDaemon, watch: Watch, tmp_path: Path) -> None:
     """A stream goes on over the jump, no time-out fires, and an engine that dies then is replaced as ever."""
-    clock = tmp_path / "clock"
-    clock.write_text("+0")
-    serving = daemon(environ=_fake_clock(clock)).wait_ready()
-    started = serving.status()["started"]
+    clock = WallClock(tmp_path)
+    serving = daemon(environ=clock.environ).wait_ready()
+    started, core = serving.status()["started"], psutil.Process(engine_core(serving))
 
-    for days in (1, -1):
+    for seconds in (_DAY_S, -_DAY_S):
         with serving.stream(200) as stream:
-            _jump(serving, stream, clock, started + days * _DAY_S)
+            stream.wait_for_tokens(5)
+            core.suspend()  # a pause between two steps, which for a wall clock is a day
+            clock.move(seconds)
+            time.sleep(2)
+            core.resume()
+            assert abs(serving.status()["started"] - started - seconds) < 60, "the daemon's clock was to jump"
+            assert stream.end is None, "the stream was to be under way at the jump"
             assert ["length"] == stream.wait(60).finish_reasons
         assert (1, "serving") == (serving.status()["engine_starts"], serving.status()["state"])
     watch.figure(**{"restarts": 0, "time-outs": 0})
 
-    clock.write_text("+0")
     watch.begin()
     os.kill(engine_core(serving), signal.SIGKILL)
     asked = serving.later(lambda: serving.chat(max_tokens=1))
-    clock.write_text(f"+{_DAY_S}")
+    clock.move(_DAY_S)
     answer = asked.result(60)
     assert 200 == answer.status_code, f"{answer.text}\n{serving.log()[-6000:]}"
     watch.serving(serving)
     assert (2, 0) == (serving.status()["engine_starts"], serving.status()["rung"])
-
-
-def _fake_clock(file: Path) -> dict[str, str]:
-    return {
-        "LD_PRELOAD": str(_FAKETIME),
-        "FAKETIME_TIMESTAMP_FILE": str(file),
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "FAKETIME_CACHE_DURATION": "1",
-    }
-
-
-def _jump(daemon: Daemon, stream: Stream, clock: Path, started: float) -> None:
-    """Change the daemon's wall clock in the middle of a stream, and see that it has changed."""
-    stream.wait_for_tokens(5)
-    clock.write_text(f"{'+' if started > daemon.status()['started'] else '-'}{_DAY_S}")
-    eventually(lambda: daemon.status()["started"], lambda seen: abs(seen - started) < 60, within_s=10, what="a jump")
-    assert stream.end is None, "the stream was to be under way at the jump"

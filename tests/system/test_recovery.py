@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -90,21 +91,24 @@ def test_a_killed_daemon_begins_with_what_was_learned(small: Machine, watch: Wat
 
 
 @pytest.mark.row("11", "daemon killed by the kernel for memory")
-def test_the_kernel_kills_the_daemon_for_memory(small: Machine, watch: Watch) -> None:
+def test_the_kernel_kills_the_daemon_for_memory(small: Machine, watch: Watch, tmp_path: Path) -> None:
     """As for any kill: systemd starts it again, nothing of the old one is left, and the learned rung is used."""
     small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
     main, old = small.show(UNIT, "MainPID"), _pids(small)
     with memory_group() as group:
         group.add(small.host_pid(main))
-        group.limit(1 << 20)
+        group.limit(1 << 16)
+        large = tmp_path / "request.json"
+        large.write_text(json.dumps({"model": "small", "prompt": "word " * 200_000}))
 
         watch.begin()
-        stream = _stream(small)  # what it takes for a request is more than it may have now
+        asking = [_post(small, f"@{large}") for _ in range(4)]  # more than it may take now
 
-        small.wait_until(lambda: group.kills() == 1, 20, "the kernel's kill")
+        small.wait_until(lambda: group.kills() >= 1, 20, "the kernel's kill")
         watch.mark("killed")
         _assert_back_with_what_was_learned(small, main, old, watch)
-        stream.communicate(timeout=60)
+        for each in asking:
+            each.communicate(timeout=60)
 
 
 def _assert_back_with_what_was_learned(small: Machine, main: str, old: set[str], watch: Watch) -> None:
@@ -148,10 +152,14 @@ def _pids(box: Machine) -> set[str]:
 def _stream(small: Machine) -> subprocess.Popen[str]:
     """A client with an answer of a thousand tokens."""
     body = {"model": "small", "prompt": "One", "max_tokens": 1000, "ignore_eos": True, "stream": True}
-    url = "http://127.0.0.1:8001/v1/completions"
-    stream = small.popen("curl", "-sSN", url, "-H", "content-type: application/json", "-d", json.dumps(body))
+    stream = _post(small, json.dumps(body))
     time.sleep(1)
     return stream
+
+
+def _post(small: Machine, body: str) -> subprocess.Popen[str]:
+    url = "http://127.0.0.1:8001/v1/completions"
+    return small.popen("curl", "-sSN", url, "-H", "content-type: application/json", "-d", body)
 
 
 def test_what_never_fits_ends_failed_after_the_stated_number_of_starts(small: Machine) -> None:
