@@ -150,13 +150,13 @@ def test_a_plan_that_does_not_start_is_left_for_the_one_that_served(daemon: Make
 
     assert 70 == done.returncode, done
     assert "does not start" in done.stderr
-    assert "KV cache" in done.stderr
+    assert "kv_cache_too_small" in done.stderr
     assert "serves again" in done.stderr
     assert {200} == set(others.end())
     status = ready.status()
     assert ("serving", pid, 3, 0) == tuple(status[name] for name in ("state", "pid", "engine_starts", "rung"))
     assert 268435456 == status["engine_arguments"]["arguments"]["kv_cache_memory_bytes"]
-    assert "KV cache" in status["reload_failed"]
+    assert "kv_cache_too_small" in status["reload_failed"]
     ready.stop()
 
 
