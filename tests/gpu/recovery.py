@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -236,6 +237,30 @@ def frozen(stage: Stage) -> Row:
                 **_story(daemon)}  # fmt: skip
 
 
+def long_prompts(stage: Stage) -> Row:
+    """Nothing but the longest prompts that the model takes, in small steps, LLM_SERVE_LONG_S seconds: never a hang."""
+    seconds, answered, is_over = float(os.environ.get("LLM_SERVE_LONG_S", "60")), [], threading.Event()
+    with stage.daemon(engine={"max_model_len": 32768, "max_num_batched_tokens": 256}) as daemon:
+        until_serving(daemon, 1, 300)
+
+        def client(number: int) -> None:
+            while not is_over.is_set():
+                prompt = [(number * 7919 + len(answered) * 31 + place) % 100_000 for place in range(32_760)]
+                body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": 4}
+                answered.append(daemon.http.post("/v1/completions", json=body, timeout=400).status_code)
+
+        clients = [daemon.later(lambda number=number: client(number)) for number in range(8)]  # type: ignore[misc]
+        ends_at, longest = time.monotonic() + seconds, 0.0
+        while time.monotonic() < ends_at:
+            longest = max(longest, daemon.status()["seconds_since_engine_step"] or 0.0)
+            time.sleep(0.2)
+        is_over.set()
+        for each in clients:
+            each.result(400)
+        return {"seconds": seconds, "answered": len(answered), "codes": sorted(set(answered)),
+                "longest without a step s": longest, **_story(daemon)}  # fmt: skip
+
+
 def memory_held(stage: Stage) -> Row:
     """Another process holds most of the GPU at the start: wait for it, then fit beside it."""
     with hog(90) as free, stage.daemon() as daemon:
@@ -274,7 +299,7 @@ def device_error(stage: Stage) -> Row:
 
 SCENES: dict[str, Callable[[Stage], Row]] = {
     scene.__name__: scene
-    for scene in (start, kills, under_load, rebuilds, frozen, memory_held, memory_taken, device_error)
+    for scene in (start, kills, under_load, rebuilds, frozen, long_prompts, memory_held, memory_taken, device_error)
 }
 
 
