@@ -239,15 +239,17 @@ def frozen(stage: Stage) -> Row:
 
 def long_prompts(stage: Stage) -> Row:
     """Nothing but the longest prompts that the model takes, in small steps, LLM_SERVE_LONG_S seconds: never a hang."""
-    seconds, answered, is_over = float(os.environ.get("LLM_SERVE_LONG_S", "60")), [], threading.Event()
+    seconds, is_over = float(os.environ.get("LLM_SERVE_LONG_S", "60")), threading.Event()
+    answered: list[int] = []
     with stage.daemon(engine={"max_model_len": 32768, "max_num_batched_tokens": 256}) as daemon:
         until_serving(daemon, 1, 300)
 
         def client(number: int) -> None:
             while not is_over.is_set():
-                prompt = [(number * 7919 + len(answered) * 31 + place) % 100_000 for place in range(32_760)]
+                prompt = [(number * 7919 + len(answered) * 31 + place) % 40_000 for place in range(32_760)]
                 body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": 4}
                 answered.append(daemon.http.post("/v1/completions", json=body, timeout=400).status_code)
+                assert answered[-1] == 200, "a request that was refused is no load"
 
         clients = [daemon.later(lambda number=number: client(number)) for number in range(8)]  # type: ignore[misc]
         ends_at, longest = time.monotonic() + seconds, 0.0
