@@ -144,7 +144,7 @@ def test_a_plan_that_does_not_start_is_left_for_the_one_that_served(daemon: Make
     """Exit status 70 with the reason, the old plan again in the same process, and requests that only waited."""
     ready = daemon({"recovery": {"floor_max_model_len": 2048}}).wait_ready()
     pid, others = ready.pid, Loop(ready)
-    ready.rewrite("kv_cache_memory_bytes = 268435456", "kv_cache_memory_bytes = 4194304")
+    ready.rewrite("kv_cache_memory_bytes = 268435456", "kv_cache_memory_bytes = 33554432")
 
     done = ready.command("reload")
 
@@ -197,20 +197,23 @@ def test_a_stop_of_a_drained_instance_lets_its_stream_finish(daemon: MakeDaemon)
     assert 503 == waiting.result(within_s=1).status_code
 
 
-STAGES = {"requests finish": "finishing requests", "the engine starts": "engine start 2"}
+MOMENTS = {"requests finish": "finishing requests", "the engine starts": "engine start 2"}
 
 
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
-def test_a_stop_in_the_middle_of_a_reload_ends_in_time(daemon: MakeDaemon, stage: str) -> None:
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
+def test_a_stop_in_the_middle_of_a_reload_ends_in_time(daemon: MakeDaemon, moment: str) -> None:
     """SIGTERM is obeyed at any point of a reload: status 0 within the drain time and 10 s, and nothing is left."""
-    drain_s = 30 if stage.startswith("finishing") else 1
+    drain_s = 30 if moment.startswith("finishing") else 1
     ready = daemon({"server": {"drain_timeout_s": drain_s}}).wait_ready()
     with ready.stream(500) as stream:
         stream.wait_for_tokens(3)
         ready.rewrite("max_num_seqs = 16", "max_num_seqs = 8")
         ready.signal(signal.SIGHUP)
         eventually(
-            lambda: "{phase} {why}".format(**ready.status()), lambda seen: stage in seen, within_s=60, what="the stage"
+            lambda: "{phase} {why}".format(**ready.status()),
+            lambda seen: moment in seen,
+            within_s=60,
+            what="the moment",
         )
         began = time.monotonic()
         ready.signal(signal.SIGTERM)
