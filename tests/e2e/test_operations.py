@@ -131,21 +131,22 @@ def test_a_stop_while_the_model_loads_is_clean(daemon: MakeDaemon, after_s: floa
 # ---- when the engine dies ---------------------------------------------------------------------------
 
 
-def test_a_request_that_was_there_at_two_deaths_is_refused(daemon: MakeDaemon) -> None:
-    """It is told so, and is not given a third engine, so that it cannot use up the restart limit."""
+def test_a_request_that_was_there_at_two_kills_is_answered(daemon: MakeDaemon) -> None:
+    """Somebody's SIGKILL is held against no request, however often it meets the same one."""
     serving = daemon().wait_ready()
     prompt = "one two three " * 600  # long in prefill, so that there is no output yet
     asked = serving.later(lambda: serving.chat(prompt, max_tokens=1))
-    kill_engine(serving)
-    eventually(
-        serving.status, lambda seen: seen["epoch"] == 2 and seen["state"] == "serving", within_s=60, what="a second"
-    )
-    kill_engine(serving)
-    refused = asked.result(60)
-    assert (500, True) == (refused.status_code, "request_kills_engine" in refused.text)
-    assert 1.0 == serving.metric('llm_serve_requests_total{outcome="poisoned"}')
-    serving.wait_ready()
-    assert 200 == serving.chat(max_tokens=1).status_code
+    for epoch in (2, 3):
+        kill_engine(serving)
+        eventually(
+            serving.status,
+            lambda seen, epoch=epoch: seen["epoch"] == epoch and seen["state"] == "serving",  # type: ignore[misc]
+            within_s=60,
+            what=f"engine {epoch}",
+        )
+    assert 200 == asked.result(60).status_code
+    assert 1.0 == serving.metric('llm_serve_requests_total{outcome="replayed"}')
+    assert 0.0 == serving.metric('llm_serve_requests_total{outcome="poisoned"}')
 
 
 @pytest.mark.parametrize("which", [0, -1], ids=["core", "worker"])
