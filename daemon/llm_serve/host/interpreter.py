@@ -33,7 +33,7 @@ def loop_first() -> Iterator[None]:
 def collect_frozen() -> None:
     """Free what `loop_first` has kept from being looked at and nobody uses any more: an engine that is gone, for one.
 
-    Its objects hold each other, so nothing less frees them: 45 MB an engine. The loop stands still for up to 0.4 s;
+    Its objects hold each other, so nothing less frees them: 45 MB an engine. The loop stands still for up to 0.7 s;
     call it while nothing is served. Until the next `loop_first` ends, another call does nothing.
     """
     if gc.get_freeze_count():
