@@ -1,4 +1,4 @@
-"""Clients that never stop, and an engine that keeps dying: two minutes of it, or as many seconds as LLM_SERVE_SOAK_S."""
+"""Clients that never stop, and an engine that keeps dying: two minutes of it, or LLM_SERVE_SOAK_S seconds."""
 
 from __future__ import annotations
 
