@@ -16,10 +16,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
 
 MakeDaemon = Callable[..., Daemon]
 _ENDED_WITHIN_S = 10
+_PAUSE_S = 1.5
+"""Between two questions. An engine that never pauses can keep both of two cores from everybody else for minutes."""
 
 
 class Loop:
-    """Clients that ask one short question after another, and what they were told."""
+    """Clients that ask one short question after another, a breath between them, and what they were told."""
 
     def __init__(self, daemon: Daemon, clients: int = 4) -> None:
         self._url, self._stop = daemon.url, threading.Event()
@@ -36,6 +38,7 @@ class Loop:
                     self.answers.append(client.post("/v1/completions", json=body).status_code)
                 except httpx.TransportError as error:
                     self.answers.append(repr(error))
+                self._stop.wait(_PAUSE_S)
 
     def end(self) -> list[object]:
         """Let everybody have his answer, and return all of them."""
