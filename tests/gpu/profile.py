@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import signal
@@ -62,9 +63,9 @@ def _tell(file: Path, began: float) -> None:
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     busiest, _ = collections.Counter(thread for _, thread, _ in samples).most_common(1)[0]
     own = [(moment, frames) for moment, thread, frames in samples if thread == busiest]
-    seconds: dict[str, float] = collections.Counter()
+    seconds: collections.Counter[str] = collections.Counter()
     first: dict[str, float] = {}
-    for (moment, frames), (until, _) in zip(own, own[1:], strict=False):
+    for (moment, frames), (until, _) in itertools.pairwise(own):
         for name in {":".join(frame.split(":")[:2]) for frame in frames}:
             seconds[name] += until - moment
             first.setdefault(name, moment - began)

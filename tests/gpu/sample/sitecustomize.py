@@ -27,11 +27,12 @@ def _stack(frame: object) -> list[str]:
 
 
 def _sample() -> None:
-    own, last, written = threading.get_ident(), {}, 0
+    own, written = threading.get_ident(), 0
+    last: dict[int, list[str]] = {}
     with Path(_FOLDER, f"{os.getpid()}.jsonl").open("a", buffering=1) as out:
         while written < _LINES_AT_MOST:
             now = time.time()
-            for thread, frame in sys._current_frames().items():  # noqa: SLF001 - there is no public way
+            for thread, frame in sys._current_frames().items():
                 if thread != own and last.get(thread) != (stack := _stack(frame)):
                     last[thread] = stack
                     out.write(json.dumps([round(now, 3), thread, stack]) + "\n")
