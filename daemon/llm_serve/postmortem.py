@@ -6,6 +6,7 @@ Evidence is taken before anything is killed or cleaned up, and what is left of t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from llm_serve.host.logs import get_logger
 from llm_serve.host.state_file import append_failure
 from llm_serve.host.witnesses import Witnesses
 
-_NEWS_S = 0.2
-"""Exit codes and last records arrive after the news of a death."""
+_NEWS_S, _LOOK_EVERY_S = 0.2, 0.01
+"""Exit codes and last records arrive after the news of a death, the codes last."""
 _CAUSE_WITHIN_S = 60.0
 """An engine survives many errors that it logs; older ones do not explain its death."""
 _MEMORY_BACK_S = 30.0
@@ -56,7 +57,11 @@ class Postmortem:
 
     async def of_death(self, engine: Engine) -> Failure:
         """An engine that was found dead."""
-        await asyncio.sleep(_NEWS_S)
+        pids = [process.pid for process in engine.processes]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_NEWS_S):
+                while not self._collector.has_ends_of(pids):  # noqa: ASYNC110 - told from another thread
+                    await asyncio.sleep(_LOOK_EVERY_S)
         return await self._bury(engine, exit_codes=engine.exit_codes())
 
     async def of_stall(self, engine: Engine, seconds: float) -> Failure:

@@ -6,6 +6,7 @@ When a new vLLM breaks one of these, the test names it; without them the first e
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -13,10 +14,12 @@ import inspect
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -33,7 +36,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from llm_serve.core import progress
-from llm_serve.engine import factory, forkserver, openai, openai_routes, survivor
+from llm_serve.engine import factory, forkserver, openai, openai_routes, survivor, tokenizer_copies
 
 pytestmark = pytest.mark.vllm
 
@@ -417,3 +420,36 @@ def test_the_memo_that_keeps_tokenizers_can_be_cleared() -> None:
     assert 0 < func_utils._supports_kw.cache_info().currsize
     func_utils._supports_kw.cache_clear()
     assert 0 == func_utils._supports_kw.cache_info().currsize
+
+
+def test_copies_of_a_tokenizer_are_made_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's renderer gets its pool at once, which soon has as many copies as vLLM would have made, and works."""
+    from tokenizers import Tokenizer, models
+    from vllm.renderers import hf as renderer
+    from vllm.tokenizers import hf
+
+    made: list[object] = []
+    is_allowed, deepcopy = threading.Event(), copy.deepcopy
+
+    def slowly(value: object) -> object:
+        is_allowed.wait(10)
+        made.append(deepcopy(value))
+        return made[-1]
+
+    monkeypatch.setattr(hf, "copy", SimpleNamespace(copy=copy.copy, deepcopy=slowly))
+    monkeypatch.setattr(renderer, "maybe_make_thread_pool", hf.maybe_make_thread_pool)
+    tokenizer_copies.install()
+    tokenizer = hf.TokenizersBackend(tokenizer_object=Tokenizer(models.WordLevel({"one": 0, "two": 1}, "one")))
+
+    pool = renderer.maybe_make_thread_pool(tokenizer, 2)
+    assert [] == made
+    is_allowed.set()
+    for thread in threading.enumerate():
+        if thread.name == "tokenizer-copy":
+            thread.join(10)
+
+    assert 2 == len(made)
+    assert ["two", "one"] == pool.convert_ids_to_tokens([1, 0])
+    assert 2 == len(made)
+    assert pool is renderer.maybe_make_thread_pool(pool, 2)
+    assert 2 == len(made)

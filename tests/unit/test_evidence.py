@@ -54,6 +54,15 @@ def test_the_end_of_a_process_is_known_by_its_name() -> None:
     assert {} == collector.evidence().exit_codes
 
 
+def test_the_news_of_a_death_is_complete_when_every_process_has_one() -> None:
+    """Who waits for exit codes need not wait longer."""
+    collector = Collector()
+    collector.add_record(record("process has ended") | {"ended": [5, -9]})
+
+    assert collector.has_ends_of([5])
+    assert not collector.has_ends_of([5, 6])
+
+
 @pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARNING"])
 def test_an_exception_that_vllm_got_over_explains_nothing(level: str) -> None:
     """A warning with a traceback, as of a missing optional module, is no cause of a failure."""

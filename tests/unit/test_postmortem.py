@@ -56,6 +56,7 @@ class Scene:
         self.postmortem = Postmortem(self, self.collector, Witnesses(self.gpus, ()), self.folder)  # type: ignore[arg-type]
         self.engine: Any = SimpleNamespace(
             exit_codes=lambda: {"EngineCore": -9},
+            processes=[SimpleNamespace(pid=7)],
             steps=SimpleNamespace(waiting_for=lambda: "3 requests unfinished"),
         )
         self.diary.clear()
@@ -104,6 +105,25 @@ def test_evidence_comes_before_the_kill(scene: Scene) -> None:
 
     assert Kind.killed is failure.kind
     assert ["witnesses", "kill", "memory"] == scene.diary
+
+
+@pytest.mark.parametrize("comes_after_s", [0.0, 0.05, 60.0])
+def test_the_news_of_a_death_is_waited_for_but_not_for_long(scene: Scene, comes_after_s: float) -> None:
+    """As soon as it is known how every process ended, or after 0.2 s, the next engine can be built."""
+
+    async def die() -> float:
+        began = asyncio.get_running_loop().time()
+        news = record_of_an_end(7)
+        asyncio.get_running_loop().call_later(comes_after_s, scene.collector.add_record, news)
+        await scene.postmortem.of_death(scene.engine)
+        return asyncio.get_running_loop().time() - began
+
+    assert min(comes_after_s, 0.2) <= asyncio.run(die()) < min(comes_after_s, 0.2) + 0.15
+
+
+def record_of_an_end(pid: int) -> dict[str, Any]:
+    """What the fork server tells of a process that was killed."""
+    return {"message": "has ended", "level": "WARNING", "process": "MainProcess", "pid": 1, "ended": [pid, -9]}
 
 
 def test_stacks_come_first_of_all(scene: Scene) -> None:

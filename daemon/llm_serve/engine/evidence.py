@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llm_serve.core.evidence import ErrorRecord, Evidence
@@ -51,6 +51,10 @@ class Collector:
         """Take note of one line that a process wrote past its logger."""
         self.heard += 1
         self._output.append(line)
+
+    def has_ends_of(self, pids: Iterable[int]) -> bool:
+        """True once the fork server has told how each of these ended; it tells nothing of those that ended well."""
+        return set(pids) <= self._ended.keys()
 
     def evidence(self, error: BaseException | None = None, *, since: float = 0.0, **more: Any) -> Evidence:
         """What is known now, with the error that the daemon itself saw.

@@ -240,7 +240,7 @@ class Factory:
         self._collector.phase = IMPORTING
         with forkserver.environment(engine_environment(plan) | private):
             import_vllm()
-            from llm_serve.engine import arguments, effective, forced
+            from llm_serve.engine import arguments, effective, forced, tokenizer_copies
             from llm_serve.engine.steps import StepWatch
 
             args = arguments.parse_plan(plan, source=source, text=text)
@@ -254,6 +254,7 @@ class Factory:
             self.built = effective.effective(config, self.device_memory_bytes)
             arguments.check_model(args, source=source, text=text)
             forced.install(config)
+            tokenizer_copies.install()
             forkserver.install()
             self._collector.phase = LAUNCHING
             steps = StepWatch()
