@@ -36,7 +36,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from llm_serve.core import progress
-from llm_serve.engine import factory, forkserver, openai, openai_routes, survivor, tokenizer_copies
+from llm_serve.engine import factory, forkserver, openai, openai_routes, startup_plans, survivor, tokenizer_copies
 
 pytestmark = pytest.mark.vllm
 
@@ -301,6 +301,43 @@ def test_the_start_method_is_looked_up_nowhere_else() -> None:
 def test_cached_environment_can_be_forgotten() -> None:
     """A fork has another environment than the server that it came from."""
     assert {} == parameters(envs.disable_envs_cache)
+
+
+_LIMITS = {
+    "cache_config.gpu_memory_utilization": 0.5,
+    "model_config.max_model_len": 512,
+    "scheduler_config.max_num_seqs": 4,
+    "scheduler_config.max_num_batched_tokens": 256,
+}
+
+
+@pytest.mark.parametrize("changed", [None, *_LIMITS])
+def test_a_start_up_plan_holds_for_the_limits_it_was_measured_under(
+    changed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM saves one and finds it again, by its own code; after any limit has changed it finds none."""
+    plans = importlib.import_module("vllm.v1.worker.startup_plan")
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "1")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(plans, "compute_plan_fingerprint", lambda *_: "vLLM's own")
+    startup_plans.install()
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(gpu_memory_utilization=0.9, kv_cache_memory_bytes=None),
+        model_config=SimpleNamespace(max_model_len=1024),
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=2048),
+    )
+    worker = SimpleNamespace(
+        vllm_config=config, cache_config=config.cache_config, rank=0, init_snapshot=SimpleNamespace(free_memory=100),
+        parallel_config=SimpleNamespace(world_size=1),
+    )  # fmt: skip
+    plans.maybe_save_startup_plan(worker, 42)
+    if changed:
+        part, name = changed.split(".")
+        setattr(getattr(config, part), name, _LIMITS[changed])
+
+    plans.maybe_apply_startup_plan(worker)
+
+    assert (None if changed else 42) == worker.cache_config.kv_cache_memory_bytes
 
 
 def preloaded_modules() -> list[str]:

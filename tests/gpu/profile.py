@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--variant", choices=list(recovery.VARIANTS), default="start-up plan")
+    parser.add_argument("--variant", choices=list(recovery.VARIANTS), default="as it is")
     given = parser.parse_args()
     given.samples.mkdir(parents=True, exist_ok=True)
     variant = recovery.VARIANTS[given.variant]

@@ -57,6 +57,8 @@ PROCESS_ENVIRONMENT = {
     # Else vLLM asks the default route for an address, and torch's store listens there.
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # A rebuild need not measure again how much KV cache fits: 3 s on a GPU. See engine/startup_plans.py.
+    "VLLM_ENABLE_STARTUP_PLAN": "1",
     # Else a process that gives itself a title overwrites its environment, by which a stray is known.
     "SPT_NOENV": "1",
     # CUDA numbers GPUs by speed otherwise; [gpu] devices means what the driver and nvidia-smi show.

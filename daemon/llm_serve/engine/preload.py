@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-from llm_serve.engine import forkserver, relay
+from llm_serve.engine import forkserver, relay, startup_plans
 
 _ALWAYS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.structured_output")
 _CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.attention.backends.cpu_attn")
@@ -121,6 +121,7 @@ _write_to(os.environ.get(forkserver.OUTPUT_VARIABLE, ""))
 _log_to(os.environ.get(forkserver.RECORDS_VARIABLE, ""))
 _load(_modules([name for name in os.environ.get(forkserver.ARCHITECTURES_VARIABLE, "").split(",") if name]))
 forkserver.install()
+startup_plans.install()
 _hash_triton()
 _tell_ends()
 _freeze()
