@@ -57,10 +57,10 @@ def text_of(events: list[dict[str, list[dict[str, str]]]]) -> str:
 def test_a_changed_plan_drops_no_request(daemon: MakeDaemon) -> None:
     """A stream that outlives the drain time moves to the new engine unbroken, and who asks meanwhile is answered."""
     ready = daemon({"server": {"drain_timeout_s": 1}}).wait_ready()
-    with ready.stream(400) as alone:
+    with ready.stream(300) as alone:
         whole = text_of(alone.wait().events)
     others = Loop(ready)
-    with ready.stream(400) as stream:
+    with ready.stream(300) as stream:
         stream.wait_for_tokens(5)
         ready.rewrite("max_num_seqs = 16", "max_num_seqs = 8")
 

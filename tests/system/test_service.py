@@ -111,15 +111,6 @@ def test_killed_daemon_leaves_no_process_and_comes_back(served: Machine) -> None
     assert "Paris" in _ask(served, "What is the capital of France?")
 
 
-def test_frozen_daemon_is_replaced_by_the_watchdog(served: Machine) -> None:
-    """A daemon whose loop stands still is ended by systemd and started again."""
-    main, restarts = served.show(UNIT, "MainPID"), int(served.show(UNIT, "NRestarts"))
-    served.run("kill", "-STOP", main)
-    served.wait_until(lambda: int(served.show(UNIT, "NRestarts")) > restarts, 90, "the watchdog")
-    served.wait_until(lambda: served.show(UNIT, "SubState") == "running", _START_LIMIT_S, "READY")
-    assert any("Watchdog timeout" in str(entry.get("MESSAGE")) for entry in served.journal(UNIT))
-
-
 def test_stop_lets_a_stream_finish_and_exits_0(served: Machine) -> None:
     """A stream that is open at SIGTERM ends with its last token; nothing is left of the service afterwards."""
     body = json.dumps(
