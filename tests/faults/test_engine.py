@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 
 MakeDaemon = Callable[..., Daemon]
 STALL = {"recovery": {"stall_timeout_s": 20}}
+LONG_S = float(os.environ.get("LLM_SERVE_LONG_S", "120"))
 
 
 def engine_processes(daemon: Daemon) -> list[psutil.Process]:
@@ -243,6 +244,7 @@ def test_a_start_that_hangs(daemon: MakeDaemon, watch: Watch, fault: Fault) -> N
 
 
 @pytest.mark.row("16", "slow, not stuck: longest prompts, full batch")
+@pytest.mark.timeout(LONG_S + 300)
 def test_long_prompts_are_no_hang(daemon: MakeDaemon, watch: Watch) -> None:
     """Nothing but the longest prompts, in small steps, for a while: never taken for a hang.
 
@@ -250,7 +252,7 @@ def test_long_prompts_are_no_hang(daemon: MakeDaemon, watch: Watch) -> None:
     """
     tables = {"engine": {"max_num_batched_tokens": 256, "enable_prefix_caching": False}, **STALL}
     serving = daemon(tables).wait_ready()
-    until = time.monotonic() + float(os.environ.get("LLM_SERVE_LONG_S", "120"))
+    until = time.monotonic() + LONG_S
     answered: list[int] = []
 
     def ask() -> None:
