@@ -97,6 +97,9 @@ def _optional(name: str, text: str, value: float | None) -> Iterable[GaugeMetric
     return () if value is None else (_gauge(name, text, value),)
 
 
+_OF_THE_FIRST_TOKEN = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:request_success")
+
+
 class Continuous:
     """A registry in which vLLM's counters go on where the last engine's ended.
 
@@ -114,6 +117,10 @@ class Continuous:
     def counted_before(self, family: str, amount: float) -> None:
         """So much of what this engine is about to count in `family`, the last one has counted already."""
         self._twice[family] = self._twice.get(family, 0.0) + amount
+
+    def engine_starts(self) -> None:
+        """An engine's first token is asked for by us, to see that it works: it is no client's request."""
+        self._twice = dict.fromkeys(_OF_THE_FIRST_TOKEN, 1.0)
 
     def engine_ended(self) -> None:
         """Take note of all values as they are now, the last that this engine has counted."""

@@ -297,6 +297,7 @@ class Supervisor:
         recovery, postmortem = self._instance.settings.recovery, self._host.postmortem
         limits = {"timeout_s": recovery.start_timeout_s, "stall_timeout_s": recovery.stall_timeout_s}
         postmortem.begin()
+        metrics.continuous.engine_starts()
         try:
             with interpreter.loop_first():
                 self._engine = await self._factory.build(plan, epoch, **limits)

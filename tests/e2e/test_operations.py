@@ -229,6 +229,37 @@ def test_the_engines_own_counters_do_not_go_backwards(shared: Daemon) -> None:
 # ---- the end ----------------------------------------------------------------------------------------
 
 
+def test_a_request_that_goes_on_is_counted_as_one(shared: Daemon) -> None:
+    """Its prompt is read twice and counted once; what it generates counts as without the kill, but for a few tokens that
+    died with the engine."""
+    tokens = 60
+
+    def counted(*, with_kill: bool) -> tuple[float, float, float]:
+        before = _counts(shared)
+        with shared.stream(tokens) as stream:
+            stream.wait_for_tokens(10)
+            if with_kill:
+                kill_engine(shared)
+            stream.wait(60)
+        eventually(lambda: _counts(shared)[0], lambda ended: ended > before[0], within_s=5, what="request_success")
+        ended, prompt, generated = (now - then for now, then in zip(_counts(shared), before, strict=True))
+        return ended, prompt, generated
+
+    undisturbed, killed = counted(with_kill=False), counted(with_kill=True)
+
+    assert (1.0, tokens) == (undisturbed[0], undisturbed[2])
+    assert undisturbed[:2] == killed[:2]
+    assert tokens <= killed[2] <= tokens + 5
+
+
+def _counts(daemon: Daemon) -> tuple[float, ...]:
+    """vLLM's own: requests that ended with "length", prompt tokens, generated tokens."""
+    model = f'{{engine="0",model_name="{MODEL_NAME}"}}'
+    ended = f'vllm:request_success_total{{engine="0",finished_reason="length",model_name="{MODEL_NAME}"}}'
+    names = (ended, f"vllm:prompt_tokens_total{model}", f"vllm:generation_tokens_total{model}")
+    return tuple(daemon.metric(name) for name in names)
+
+
 def test_a_stop_lets_a_stream_finish(daemon: MakeDaemon) -> None:
     """SIGTERM: what runs is finished, what comes is refused with a time to come back, and nothing is left."""
     serving = daemon().wait_ready()

@@ -169,3 +169,18 @@ def test_what_two_engines_count_is_counted_once() -> None:
     inner.unregister(second)
     engine().labels("m").inc(10)
     assert 125 == total()
+
+
+def test_an_engine_s_own_first_token_is_not_counted() -> None:
+    """One token read, one generated, one request that ended: ours, at each start, also of those that fail."""
+    inner = CollectorRegistry()
+    shown = metrics.Continuous(inner)
+    counters = [Counter(f"vllm:{name}", "c", ["r"], registry=inner) for name in ("prompt_tokens", "request_success")]
+    for _ in range(3):
+        shown.engine_starts()
+
+    for asked in (1, 4):
+        for counter in counters:
+            counter.labels("length").inc(asked)
+        seen = {sample.value for each in shown.collect() for sample in each.samples if sample.name.endswith("_total")}
+        assert {0.0 if asked == 1 else 4.0} == seen
