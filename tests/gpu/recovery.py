@@ -65,6 +65,7 @@ class Stage:
             "server": {"listen": f"127.0.0.1:{made.port}"},
             "engine": engine | tables.get("engine", {}),
             "recovery": recovery | tables.get("recovery", {}),
+            "gpu": tables.get("gpu", {}),
             "engine.env": tables.get("env", {"VLLM_USE_FLASHINFER_SAMPLER": "0"}),
         }
         made.file.write_text(instance_text(self.model, whole))
@@ -332,6 +333,55 @@ def device_error(stage: Stage) -> Row:
         return {"answered": answer.status_code, "after s": round(after, 1), **_story(daemon)}
 
 
+def tensor_parallel(stage: Stage) -> Row:
+    """Two GPUs, one model: a worker killed, EngineCore killed, a worker stopped, each under 16 streams."""
+    row: Row = {}
+    with stage.daemon(engine={"tensor_parallel_size": 2}, recovery={"start_timeout_s": 400}) as daemon:
+        row["start s"] = round(until_serving(daemon, 1, 400), 1)
+        for name, which, number in (
+            ("worker killed", max, signal.SIGKILL), ("EngineCore killed", min, signal.SIGKILL),
+            ("worker stopped", max, signal.SIGSTOP),
+        ):  # fmt: skip
+            status = daemon.status()
+            streams = [Stream(daemon.url, 1000) for _ in range(16)]
+            for stream in streams:
+                stream.wait_for_tokens(5)
+            os.kill(int(which(status["engine_pids"])), number)
+            seen = sum(len(stream.events) for stream in streams)
+            after_s = until_serving(daemon, status["epoch"] + 1)
+            for stream in streams:
+                stream.wait(200).close()
+            row[name] = {
+                "processes": len(status["engine_pids"]), "events before": seen, "serving after s": round(after_s, 1),
+                "complete": sum(stream.finish_reasons == ["length"] for stream in streams),
+                "left": [pid for pid in status["engine_pids"] if Path(f"/proc/{pid}").exists()],
+            }  # fmt: skip
+        return row | _story(daemon)
+
+
+def two_instances(stage: Stage) -> Row:
+    """Two GPUs, an instance on each: one's engine is killed, and a stream of the other goes on without a pause."""
+    with stage.daemon(gpu={"devices": [0]}) as first, stage.daemon(gpu={"devices": [1]}) as second:
+        for each in (first, second):
+            until_serving(each, 1, 400)
+        used = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], check=True,
+                              capture_output=True, text=True).stdout.split()  # fmt: skip
+        untouched, hurt = Stream(second.url, 4000), Stream(first.url, 500)
+        for stream in (untouched, hurt):
+            stream.wait_for_tokens(5)
+        os.kill(engine_core(first), signal.SIGKILL)
+        longest, seen, at, began = 0.0, len(untouched.events), time.monotonic(), time.monotonic()
+        while time.monotonic() - began < 15 and untouched.end is None:
+            if len(untouched.events) != seen:
+                seen, at = len(untouched.events), time.monotonic()
+            longest = max(longest, time.monotonic() - at)
+            time.sleep(0.005)
+        until_serving(first, 2)
+        hurt.wait(100)
+        return {"GPU MiB": used, "longest pause of the other s": round(longest, 3), "first": _story(first),
+                "second": _story(second), "complete": hurt.finish_reasons}  # fmt: skip
+
+
 SCENES: dict[str, Callable[[Stage], Row]] = {
     scene.__name__: scene
     for scene in (
@@ -353,7 +403,9 @@ def main() -> None:
     """Play the scenes and print what was seen."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--only", nargs="*", choices=list(SCENES), default=list(SCENES))
+    parser.add_argument(
+        "--only", nargs="*", choices=list(SCENES), default=list(SCENES)[:-2], help="the last two need two GPUs"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path, help="a file to which the daemons' logs are added")
     given = parser.parse_args()
