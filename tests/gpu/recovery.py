@@ -385,16 +385,19 @@ def two_instances(stage: Stage) -> Row:
 SCENES: dict[str, Callable[[Stage], Row]] = {
     scene.__name__: scene
     for scene in (
-        start,
-        kills,
-        under_load,
-        rebuilds,
-        graph_sizes,
-        frozen,
-        long_prompts,
-        memory_held,
-        memory_taken,
-        device_error,
+        *(
+            start,
+            kills,
+            under_load,
+            rebuilds,
+            graph_sizes,
+            frozen,
+            long_prompts,
+            memory_held,
+            memory_taken,
+            device_error,
+        ),
+        *(tensor_parallel, two_instances),
     )
 }
 
