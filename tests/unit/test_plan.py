@@ -9,7 +9,7 @@ import pickle
 import pytest
 
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.settings import Settings
+from llm_serve.core.settings import GpuSettings, Settings
 
 PLAN = EnginePlan("m", {"max_num_seqs": 8, "hf_overrides": {"a": [1]}}, {"OMP_NUM_THREADS": "4"})
 
@@ -19,6 +19,13 @@ def test_rung_zero_is_what_the_file_asks_for() -> None:
     settings = Settings(name="a", source="a.toml", model="m", engine={"seed": 1}, engine_env={"A": "1"})
 
     assert EnginePlan("m", {"seed": 1}, {"A": "1"}) == EnginePlan.from_settings(settings)
+
+
+def test_the_engine_sees_the_gpus_of_the_file_alone() -> None:
+    """Without the variable every instance would use the first GPU."""
+    settings = Settings(name="a", source="a.toml", model="m", gpu=GpuSettings(devices=(3, 1)), engine_env={"A": "1"})
+
+    assert {"A": "1", "CUDA_VISIBLE_DEVICES": "3,1"} == dict(EnginePlan.from_settings(settings).env)
 
 
 def test_an_argument_is_replaced_in_a_copy() -> None:

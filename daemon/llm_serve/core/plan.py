@@ -37,11 +37,16 @@ class EnginePlan:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> EnginePlan:
-        """Return rung 0: what the file asks for. The first of a list of attention backends is asked for too."""
-        backends, arguments = settings.recovery.attention_backends, dict(settings.engine)
-        if backends != "auto":
+        """Return rung 0: what the file asks for. The first of a list of attention backends is asked for too.
+
+        The engine's processes see the GPUs of the file and no others.
+        """
+        arguments, env = dict(settings.engine), dict(settings.engine_env)
+        if (backends := settings.recovery.attention_backends) != "auto":
             arguments.setdefault("attention_backend", backends[0])
-        return cls(model=settings.model, arguments=arguments, env=settings.engine_env)
+        if settings.gpu.devices is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.gpu.devices))
+        return cls(model=settings.model, arguments=arguments, env=env)
 
     def replace_arguments(self, **changes: object) -> EnginePlan:
         """Return the plan with these arguments changed; None takes one away, back to vLLM's default."""
