@@ -170,7 +170,7 @@ def test_streams_of_an_engine_that_is_killed_go_on(shared: Daemon) -> None:
     """All end as if nothing had happened, each with the same text; meanwhile the HTTP server says what it does."""
     before = shared.status()
     resumed = shared.metric('llm_serve_requests_total{outcome="resumed"}')
-    with shared.stream(200) as first, shared.stream(200) as second, shared.stream(200) as third:
+    with shared.stream(120) as first, shared.stream(120) as second, shared.stream(120) as third:
         streams = (first, second, third)
         for stream in streams:
             stream.wait_for_tokens(3)
@@ -195,7 +195,7 @@ def test_streams_of_an_engine_that_is_killed_go_on(shared: Daemon) -> None:
 def test_a_request_without_output_yet_is_replayed(shared: Daemon) -> None:
     """An answer that is not streamed has delivered nothing when its engine dies: the client never knows."""
     replayed = shared.metric('llm_serve_requests_total{outcome="replayed"}')
-    body = {"model": MODEL_NAME, "prompt": "One, two,", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+    body = {"model": MODEL_NAME, "prompt": "One, two,", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
     asked = shared.later(lambda: shared.http.post("/v1/completions", json=body))
     running = "vllm:num_requests_running"
     eventually(
@@ -209,7 +209,7 @@ def test_a_request_without_output_yet_is_replayed(shared: Daemon) -> None:
     answer = asked.result()
 
     assert 200 == answer.status_code, answer.text
-    assert 400 == answer.json()["usage"]["completion_tokens"]
+    assert 200 == answer.json()["usage"]["completion_tokens"]
     assert "length" == answer.json()["choices"][0]["finish_reason"]
     assert replayed + 1 == shared.metric('llm_serve_requests_total{outcome="replayed"}')
 
@@ -263,7 +263,7 @@ def _counts(daemon: Daemon) -> tuple[float, ...]:
 def test_a_stop_lets_a_stream_finish(daemon: MakeDaemon) -> None:
     """SIGTERM: what runs is finished, what comes is refused with a time to come back, and nothing is left."""
     serving = daemon().wait_ready()
-    with serving.stream(300) as stream:
+    with serving.stream(150) as stream:
         stream.wait_for_tokens(3)
 
         serving.signal(signal.SIGTERM)

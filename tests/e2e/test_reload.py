@@ -209,8 +209,8 @@ def test_drain_lets_requests_wait_and_resume_lets_them_in(daemon: MakeDaemon) ->
 
 def test_a_stop_of_a_drained_instance_lets_its_stream_finish(daemon: MakeDaemon) -> None:
     """SIGTERM after `drain` is a stop like any other: the stream has its end, who waits is refused, status 0."""
-    ready = daemon({"server": {"drain_timeout_s": 20}}).wait_ready()
-    with ready.stream(150) as stream:
+    ready = daemon({"server": {"drain_timeout_s": 60}}).wait_ready()
+    with ready.stream(100) as stream:
         stream.wait_for_tokens(3)
         assert 0 == ready.command("drain").returncode
         waiting = ready.later(ready.chat)
