@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
-from tests.daemon import Daemon, Stream
+from tests.daemon import Daemon, Stream, eventually
 from tests.faults.mixed import CATALOG, Got
 
 SECONDS = float(os.environ.get("LLM_SERVE_SOAK_S", "120"))
@@ -75,7 +75,10 @@ class Soak:
 
 
 def _engine(daemon: Daemon) -> list[psutil.Process]:
-    return [psutil.Process(pid) for pid in sorted(daemon.status()["engine_pids"])]
+    """Its processes, EngineCore first; a fault may come while the last one is being got over."""
+    look = lambda: sorted(daemon.status()["engine_pids"])  # noqa: E731 - used once
+    pids = eventually(look, lambda seen: len(seen) > 1, within_s=90, what="an engine's processes")
+    return [psutil.Process(pid) for pid in pids]
 
 
 def kill_core(daemon: Daemon) -> None:
