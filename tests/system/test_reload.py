@@ -120,22 +120,23 @@ def _is_more(box: Machine, before: int) -> bool:
     return _outcomes(box) > before
 
 
+@pytest.mark.timeout(700)
 def test_a_reload_that_gets_on_has_the_time_that_it_needs(served: Machine) -> None:
-    """With less time than an engine's start takes, the reload succeeds, because the daemon says that it is getting on."""
-    served.write(_SHORT, "[Service]\nTimeoutStartSec=30\n")
+    """With less time than it takes, a reload succeeds, because the daemon says that it is getting on."""
+    served.write(_SHORT, "[Service]\nTimeoutStartSec=60\n")
     served.run("systemctl", "daemon-reload")
     try:
-        body = {"model": "smollm2-135m-instruct", "prompt": "One", "max_tokens": 900, "ignore_eos": True}
+        body = {"model": "smollm2-135m-instruct", "prompt": "One", "max_tokens": 1900, "ignore_eos": True}
         url, form = "http://127.0.0.1:8000/v1/completions", "content-type: application/json"
         stream = served.popen("curl", "-sSN", url, "-H", form, "-d", json.dumps(body | {"stream": True}))
         _rewrite(served, "max_num_seqs = 16", "max_num_seqs = 8")
         began = time.monotonic()
         served.run("systemctl", "reload", UNIT, timeout=_LIMIT_S)
         took_s = time.monotonic() - began
-        text = stream.communicate(timeout=100)[0]
+        text = stream.communicate(timeout=300)[0]
     finally:
         (served.root / _SHORT.lstrip("/")).unlink()
         served.run("systemctl", "daemon-reload")
-    assert 30 < took_s
+    assert 60 < took_s
     assert '"finish_reason":"length"' in text
     assert ("serving", 8) == (_status(served)["state"], _status(served)["max_num_seqs"])
