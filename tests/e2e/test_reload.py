@@ -84,13 +84,13 @@ def test_a_changed_plan_drops_no_request(daemon: MakeDaemon) -> None:
 
 def test_what_no_longer_fits_a_smaller_plan_ends_with_the_reason(daemon: MakeDaemon) -> None:
     """A stream that is already as long as the new limit ends with "length"; a prompt that is longer gets a 400."""
-    ready = daemon({"server": {"drain_timeout_s": 1}, "engine": {"max_model_len": 1024}}).wait_ready()
-    body = {"model": MODEL_NAME, "prompt": [100] * 300, "max_tokens": 700, "ignore_eos": True}
-    with ready.stream(900) as stream:
+    ready = daemon({"server": {"drain_timeout_s": 1}, "engine": {"max_model_len": 4096}}).wait_ready()
+    body = {"model": MODEL_NAME, "prompt": [100] * 300, "max_tokens": 3700, "ignore_eos": True}
+    with ready.stream(4000) as stream:
         stream.wait_for_tokens(130)
         asked = ready.later(lambda: ready.http.post("/v1/completions", json=body))
         eventually(lambda: ready.status()["requests_in_flight"], lambda now: now == 2, within_s=10, what="in flight")
-        ready.rewrite("max_model_len = 1024", "max_model_len = 128")
+        ready.rewrite("max_model_len = 4096", "max_model_len = 128")
 
         done = ready.command("reload")
         stream.wait()
@@ -100,7 +100,7 @@ def test_what_no_longer_fits_a_smaller_plan_ends_with_the_reason(daemon: MakeDae
     refused = asked.result(30)
     assert 400 == refused.status_code, refused.text
     assert "maximum context length is 128 tokens" in refused.text
-    assert "before: 1024" in refused.text
+    assert "before: 4096" in refused.text
 
 
 REFUSED = {

@@ -30,6 +30,7 @@ class Machine:
         self._base = Path(tempfile.mkdtemp(prefix="llm-serve-machine-"))
         self.root = self._base / "root"
         self._nspawn: subprocess.Popen[bytes] | None = None
+        self._programs: list[subprocess.Popen[str]] = []
         self._leader = 0
         _run("mount", "-t", "tmpfs", "-o", f"size={_OVERLAY_BYTES}", "tmpfs", str(self._base))
         for name in ("upper", "work", "root"):
@@ -105,7 +106,9 @@ class Machine:
     def popen(self, *command: str) -> subprocess.Popen[str]:
         """Start a program of this host in the machine's network."""
         where = ["nsenter", "-t", str(self._leader), "-n"]
-        return subprocess.Popen([*where, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started = subprocess.Popen([*where, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._programs.append(started)
+        return started
 
     def show(self, unit: str, name: str) -> str:
         """One property of a unit."""
@@ -150,7 +153,10 @@ class Machine:
         self._nspawn = None
 
     def close(self) -> None:
-        """End it and remove all that it wrote."""
+        """End it and what was started in its network, and remove all that it wrote."""
+        for program in self._programs:
+            with program:
+                program.kill()
         if self._nspawn is not None and self._nspawn.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.power_cut()

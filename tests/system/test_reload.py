@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -19,15 +20,36 @@ UNIT = "llm-serve@demo"
 _FILE = "/etc/llm-serve/demo.toml"
 _SHORT = "/etc/systemd/system/llm-serve@.service.d/short-reload.conf"
 _LIMIT_S = 240
+_HURRY_S = 40
+"""Enough for the check, which nobody extends; not for the drain after it."""
 
 
 @pytest.fixture
 def served(box: Machine) -> Iterator[Machine]:
     """The machine with the service up; its file is as it was, afterwards."""
+    with _up(box):
+        yield box
+
+
+@pytest.fixture
+def hurried(box: Machine) -> Iterator[Machine]:
+    """The same with long answers, which a reload waits for, for longer than systemd gives it."""
+    box.write(_SHORT, f"[Service]\nTimeoutStartSec={_HURRY_S}\n")
+    box.run("systemctl", "daemon-reload")
+    with _up(box, ("max_model_len = 2048", "max_model_len = 8192")):
+        yield box
+    (box.root / _SHORT.lstrip("/")).unlink()
+    box.run("systemctl", "daemon-reload")
+
+
+@contextlib.contextmanager
+def _up(box: Machine, *changes: tuple[str, str]) -> Iterator[None]:
     good = (box.root / _FILE.lstrip("/")).read_text()
+    for old, new in changes:
+        _rewrite(box, old, new)
     box.run("systemctl", "reset-failed", UNIT, check=False)
     box.run("systemctl", "start", UNIT, timeout=_LIMIT_S)
-    yield box
+    yield
     box.write(_FILE, good)
     box.run("systemctl", "stop", UNIT, timeout=100)
 
@@ -120,23 +142,22 @@ def _is_more(box: Machine, before: int) -> bool:
     return _outcomes(box) > before
 
 
-@pytest.mark.timeout(700)
-def test_a_reload_that_gets_on_has_the_time_that_it_needs(served: Machine) -> None:
+def test_a_reload_that_gets_on_has_the_time_that_it_needs(hurried: Machine) -> None:
     """With less time than it takes, a reload succeeds, because the daemon says that it is getting on."""
-    served.write(_SHORT, "[Service]\nTimeoutStartSec=60\n")
-    served.run("systemctl", "daemon-reload")
-    try:
-        body = {"model": "smollm2-135m-instruct", "prompt": "One", "max_tokens": 1900, "ignore_eos": True}
-        url, form = "http://127.0.0.1:8000/v1/completions", "content-type: application/json"
-        stream = served.popen("curl", "-sSN", url, "-H", form, "-d", json.dumps(body | {"stream": True}))
-        _rewrite(served, "max_num_seqs = 16", "max_num_seqs = 8")
+    body = {"model": "smollm2-135m-instruct", "prompt": "One", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    url, form = "http://127.0.0.1:8000/v1/completions", "content-type: application/json"
+    with hurried.popen("curl", "-sSN", url, "-H", form, "-d", json.dumps(body)) as stream:
+        assert stream.stdout is not None
+        assert stream.stdout.readline().startswith("data: ")
+        _rewrite(hurried, "max_num_seqs = 16", "max_num_seqs = 8")
         began = time.monotonic()
-        served.run("systemctl", "reload", UNIT, timeout=_LIMIT_S)
+
+        hurried.run("systemctl", "reload", UNIT, timeout=_LIMIT_S)
+
         took_s = time.monotonic() - began
-        text = stream.communicate(timeout=300)[0]
-    finally:
-        (served.root / _SHORT.lstrip("/")).unlink()
-        served.run("systemctl", "daemon-reload")
-    assert 60 < took_s
-    assert '"finish_reason":"length"' in text
-    assert ("serving", 8) == (_status(served)["state"], _status(served)["max_num_seqs"])
+        status = _status(hurried)
+        stream.terminate()
+        text = stream.stdout.read()
+    assert _HURRY_S < took_s
+    assert ("serving", 8, 1) == tuple(status[name] for name in ("state", "max_num_seqs", "requests_in_flight"))
+    assert '"error"' not in text

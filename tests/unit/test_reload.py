@@ -59,7 +59,7 @@ CHANGES: dict[str, tuple[str, str, Change]] = {
     "the devices": (
         "[recovery]",
         "[gpu]\ndevices = [1]\n[recovery]",
-        Change(("gpu.devices",), ("gpu.devices",), needs_engine=False),
+        Change(("gpu.devices",), ("gpu.devices",), needs_engine=True),
     ),
     "another tokenizer": (
         "= 16",

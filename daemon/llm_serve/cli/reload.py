@@ -6,10 +6,8 @@ The API keys are the daemon's to judge, who reads them as its own user.
 
 from __future__ import annotations
 
-import os
-
 from llm_serve.cli import control
-from llm_serve.cli.check import Verdict, examine_engine
+from llm_serve.cli.check import Verdict, examine_engine, prepare_for_vllm
 from llm_serve.core.errors import LlmServeError
 from llm_serve.core.plan import EnginePlan
 from llm_serve.host.instances import instance_path, read_instance
@@ -21,9 +19,7 @@ def reload(target: str, json_output: bool) -> int:
     78 a file that is refused, 70 an engine that does not start with it, 75 an instance that is not there or not ready.
     In all of them what served before serves on.
     """
-    # vLLM logs to stdout, which belongs to the answer; it reads this when it is imported.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    prepare_for_vllm()
     name = target
     try:
         name = instance_path(target).stem
