@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_serve.host import logs
-from llm_serve.host.logs import encode_entry, get_logger, journal_fields
+from llm_serve.host import journal, logs
+from llm_serve.host.journal import encode_entry, journal_fields
+from llm_serve.host.logs import get_logger
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +28,8 @@ def _logging_as_before() -> Iterator[None]:
     handlers, level = list(root.handlers), root.level
     yield
     root.handlers[:], root.level = handlers, level
-    if isinstance(journal := structlog.get_config()["logger_factory"](), logs._Journal):
-        journal._socket.close()
+    logs.close()
+    atexit.unregister(logs.close)
     structlog.reset_defaults()
 
 
@@ -130,7 +133,7 @@ def journald(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
         receiver.bind(path)
         receiver.settimeout(5)
-        monkeypatch.setattr(logs, "_JOURNAL", path)
+        monkeypatch.setattr(journal, "SOCKET", path)
         yield receiver
 
 
@@ -190,12 +193,64 @@ def test_what_the_journal_cannot_take_is_left_on_stderr(
 ) -> None:
     """An entry that is too large, or a journal that is gone, loses nothing and raises nothing."""
     if text == "x":
-        monkeypatch.setattr(logs, "_JOURNAL", "/nonexistent/journal")
+        monkeypatch.setattr(journal, "SOCKET", "/nonexistent/journal")
     logs.set_up("qwen", level="info", output_format="journal")
 
     get_logger().info("said anyway", text=text, odd=object())
+    logs.close()
 
     assert "said anyway" == json.loads(capsys.readouterr().err)["event"]
+
+
+def _read(journald: socket.socket, last: str) -> list[str]:
+    """The messages that come, up to this one."""
+    read: list[str] = []
+    while last not in read[-1:]:
+        read.append(parse_entry(journald.recv(1 << 16))["MESSAGE"])
+    return read
+
+
+def test_nobody_waits_for_a_journal_that_does_not_read(journald: socket.socket) -> None:
+    """What it has not read is late. When it reads again it gets all of it, in order, though nothing more is logged."""
+    logs.set_up("qwen", level="info", output_format="journal")
+
+    for number in range(5000):
+        get_logger().info(f"event {number}")
+
+    assert [f"event {number}" for number in range(5000)] == _read(journald, "event 4999")
+
+
+def test_of_what_the_journal_does_not_read_only_so_much_is_kept(
+    journald: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many entries found no room stands where they would have."""
+    monkeypatch.setattr(journal, "_MOST_LATE", 100)
+    logs.set_up("qwen", level="info", output_format="journal")
+    for number in range(5000):
+        get_logger().info(f"event {number}")
+    read = _read(journald, "event 49")
+    time.sleep(0.1)
+
+    get_logger().info("the last")
+
+    read += _read(journald, "the last")
+    lost = [each.split()[0] for each in read if each.endswith("entries are lost: the journal did not read")]
+    kept = [int(each.split()[1]) for each in read if each.startswith("event ")]
+    assert 5000 == len(kept) + sum(map(int, lost))
+    assert sorted(kept) == kept
+    assert len(read) == len(kept) + len(lost) + 1
+
+
+def test_the_end_does_not_wait_long_for_a_journal_that_does_not_read(journald: socket.socket) -> None:
+    """A moment for what was logged last, whatever is left."""
+    logs.set_up("qwen", level="info", output_format="journal")
+    for number in range(5000):
+        get_logger().info(f"event {number}")
+
+    began = time.monotonic()
+    logs.close()
+
+    assert time.monotonic() - began < 4
 
 
 # Console and JSON.

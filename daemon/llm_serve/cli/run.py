@@ -100,6 +100,7 @@ def serve(start: Start) -> int:
         return report(error, start.manager)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         status = runner.run(_serve(start, runtime, listener, control))
+        logs.close()
         sys.stdout.flush()
         sys.stderr.flush()
         # A thread inside vLLM may never return; nothing of the engine is left, so nothing is waited for.

@@ -5,21 +5,19 @@ Every event is a short sentence with named values. Prompts, answers and keys are
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
-import re
-import socket
 import sys
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import structlog
 
-_JOURNAL = "/run/systemd/journal/socket"
-_PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
+from llm_serve.host.journal import Journal
+
 _LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
-_FIELD = re.compile(r"[^A-Z0-9_]")
 Event = MutableMapping[str, Any]
 
 
@@ -35,7 +33,7 @@ def set_up(instance: str, *, level: str, output_format: str = "auto") -> None:
     factory: Any = structlog.WriteLoggerFactory(file=sys.stderr)
     if chosen == "journal":
         last: list[Any] = [_to_journal]
-        journal = _Journal(instance)
+        journal = Journal(instance, _as_json)
         factory = lambda *_: journal  # noqa: E731 - structlog asks for a logger at each event
     elif chosen == "json":
         last = [structlog.processors.TimeStamper(fmt="iso"), structlog.processors.JSONRenderer(_as_json)]
@@ -48,7 +46,15 @@ def set_up(instance: str, *, level: str, output_format: str = "auto") -> None:
         logger_factory=factory,
         cache_logger_on_first_use=False,
     )
+    atexit.register(close)
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
+
+
+def close() -> None:
+    """Let what was logged be written, before the process ends."""
+    journal = structlog.get_config()["logger_factory"]()
+    if isinstance(journal, Journal):
+        journal.close()
 
 
 def get_logger() -> Any:
@@ -99,56 +105,6 @@ class _ToStructlog(logging.Handler):
 def _known_level(number: int) -> int:
     """The highest level that structlog knows at or below this one: libraries make up their own."""
     return max((level for level in _LEVELS if level <= number), default=logging.DEBUG)
-
-
-class _Journal:
-    """Writes events to journald in its native protocol: an entry for each, a field for each value."""
-
-    def __init__(self, instance: str) -> None:
-        self._base = {"SYSLOG_IDENTIFIER": "llm-serve", "INSTANCE": instance}
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.settimeout(1.0)
-
-    def msg(self, event: Mapping[str, Any]) -> None:
-        """Send one event; when the journal cannot take it, leave it on stderr."""
-        payload = encode_entry(self._base | journal_fields(event))
-        try:
-            self._socket.sendto(payload, _JOURNAL)
-        except OSError:
-            print(_as_json(event), file=sys.stderr)
-
-    debug = info = warning = error = critical = fatal = exception = log = msg
-
-
-def journal_fields(event: Mapping[str, Any]) -> dict[str, str]:
-    """An event as journal fields: MESSAGE, PRIORITY and one upper-case field for each value."""
-    named = {key: value for key, value in event.items() if key not in {"event", "level"} and value is not None}
-    fields = {_field_name(key): str(value) for key, value in named.items()}
-    fields["PRIORITY"] = str(_PRIORITIES.get(str(event.get("level", "info")), 6))
-    # Values that explain belong into the line that people read; identifiers stay fields.
-    said = [f"{key}={value}" for key, value in named.items() if key in _IN_MESSAGE]
-    fields["MESSAGE"] = " ".join([str(event.get("event", "")), *said])
-    return fields
-
-
-def _field_name(key: str) -> str:
-    """The name as journald takes it: at most 64 of A-Z, 0-9 and _, and a letter first."""
-    return _FIELD.sub("_", key.upper()).lstrip("_0123456789")[:64] or "UNNAMED"
-
-
-_IN_MESSAGE = ("why", "reason", "failure", "kind", "seconds", "status", "path", "method")
-
-
-def encode_entry(fields: Mapping[str, str]) -> bytes:
-    """The wire form of journald's native protocol; values with a newline go with their length in front."""
-    lines = []
-    for name, value in fields.items():
-        raw = value.encode("utf-8", "replace")
-        if b"\n" in raw:
-            lines.append(name.encode() + b"\n" + len(raw).to_bytes(8, "little") + raw + b"\n")
-        else:
-            lines.append(name.encode() + b"=" + raw + b"\n")
-    return b"".join(lines)
 
 
 def relayed(value: Mapping[str, Any]) -> None:
