@@ -36,7 +36,17 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from llm_serve.core import progress
-from llm_serve.engine import factory, forkserver, openai, openai_routes, startup_plans, survivor, tokenizer_copies
+from llm_serve.engine import (
+    factory,
+    forkserver,
+    media_cache,
+    openai,
+    openai_routes,
+    resume,
+    startup_plans,
+    survivor,
+    tokenizer_copies,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -490,3 +500,29 @@ def test_copies_of_a_tokenizer_are_made_meanwhile(monkeypatch: pytest.MonkeyPatc
     assert 2 == len(made)
     assert pool is renderer.maybe_make_thread_pool(pool, 2)
     assert 2 == len(made)
+
+
+@pytest.mark.parametrize(("kind", "keeps_data"), [("lru", True), ("shm", False), (None, True)])
+def test_the_daemon_keeps_the_images_that_its_engines_have(
+    kind: str | None, keeps_data: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's renderer gets a cache that answers with data; shared memory, which was asked for, is recognised as such."""
+    from vllm.multimodal.inputs import MultiModalKwargsItem
+    from vllm.renderers import base
+
+    images = SimpleNamespace(
+        mm_processor_cache_gb=0.01 if kind else 0, mm_processor_cache_type=kind, mm_shm_cache_max_object_size_mb=1
+    )
+    model = SimpleNamespace(supports_multimodal_inputs=True, get_multimodal_config=lambda: images)
+    parallel = SimpleNamespace(_api_process_count=1, data_parallel_size=1, world_size=1)
+    monkeypatch.setattr(base, "processor_cache_from_config", None)
+    media_cache.install()
+
+    cache: Any = base.processor_cache_from_config(SimpleNamespace(model_config=model, parallel_config=parallel))
+
+    item = MultiModalKwargsItem.dummy(4)
+    if cache is not None:
+        cache.get_and_update_item((item, []), "black")
+        item = cache.get_and_update_item(None, "black")[0]
+        cache.close()
+    assert keeps_data == resume.is_repeatable({"mm_kwargs": {"image": [item]}})

@@ -242,7 +242,7 @@ class Factory:
         self._collector.phase = IMPORTING
         with forkserver.environment(engine_environment(plan) | private):
             import_vllm()
-            from llm_serve.engine import arguments, effective, forced, tokenizer_copies
+            from llm_serve.engine import arguments, effective, forced, media_cache, tokenizer_copies
             from llm_serve.engine.steps import StepWatch
 
             args = arguments.parse_plan(plan, source=source, text=text)
@@ -257,6 +257,7 @@ class Factory:
             arguments.check_model(args, source=source, text=text)
             forced.install(config)
             tokenizer_copies.install()
+            media_cache.install()
             forkserver.install()
             self._collector.phase = LAUNCHING
             steps = StepWatch()

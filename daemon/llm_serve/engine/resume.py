@@ -68,11 +68,11 @@ def obstacle(asked: Asked) -> str | None:
 
 
 def is_repeatable(prompt: Any) -> bool:
-    """False for a prompt that cannot be sent twice: a stream, or images of which vLLM has sent only the names."""
+    """False for a prompt that cannot be sent twice: a stream, or images in shared memory that goes with the engine."""
     if not isinstance(prompt, dict):
         return not hasattr(prompt, "__anext__")
     items = prompt.get("mm_kwargs") or {}
-    return all(item is not None for each in items.values() for item in each)
+    return all(item is not None and "address" not in item for each in items.values() for item in each)
 
 
 async def go_on(llm: Any, asked: Asked, delivered: Delivered, name: str) -> Outputs:
