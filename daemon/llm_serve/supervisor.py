@@ -7,37 +7,31 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from llm_serve import __version__, metrics
 from llm_serve.core import machine, stall
 from llm_serve.core.course import Course, Floors
 from llm_serve.core.errors import ConfigError, HostError
-from llm_serve.core.evidence import Failure
 from llm_serve.core.fallbacks import AUTO_BACKENDS
 from llm_serve.core.machine import State
-from llm_serve.core.plan import EnginePlan
-from llm_serve.core.policy import NO_REQUEST, Choices
+from llm_serve.core.policy import Choices
 from llm_serve.core.progress import SERVING, Phase
 from llm_serve.core.settings import Settings
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.evidence import Collector
-from llm_serve.engine.factory import Engine, Factory, Origin, StartError
-from llm_serve.host import boot, interpreter, processes
+from llm_serve.engine.factory import Factory, Origin
+from llm_serve.engine_room import EngineRoom
+from llm_serve.host import boot, processes
 from llm_serve.host.logs import get_logger
 from llm_serve.host.systemd import Notifier
 from llm_serve.instance import Host, Instance, installed_vllm, ready_host
-from llm_serve.postmortem import Postmortem
 from llm_serve.web.gate import Gate
 
 _WATCH_EVERY_S = 0.5
 _EXTEND_EVERY_S, _EXTEND_BY_S = 2.5, 30.0
 _LOG_STATS_EVERY_S = 10.0
-_CANCEL_S = 15.0
-_BURY_S = 5.0
-_COMPILING_AFTER_S = 5.0
 _GRACE_S = 60.0
 _WAITING = Phase("waiting", 0.0)
 _FINISHING = Phase("finishing requests in flight", 0.0)
@@ -64,16 +58,11 @@ class Supervisor:
         self._turn = asyncio.Event()
         self._files = {0: instance}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._building: asyncio.Task[None] | None = None
+        self._room = EngineRoom(factory, self._events.put_nowait, self._spawn)
         self._draining: asyncio.Task[None] | None = None
-        self._burying: asyncio.Task[None] | None = None
-        self._engine: Engine | None = None
-        self._survivor: Any = None
-        self._model: Any = None
         self._failed_at: float | None = None
         self._bug: BaseException | None = None
         self._host: Host | None = None
-        self._progress = stall.Progress()
         self._looked_at = self._busy_at = time.monotonic()
         self.gate: Gate | None = None
         self.on_change: Callable[[Instance], None] = lambda _: None
@@ -84,7 +73,7 @@ class Supervisor:
     # What others may read or say.
     def snapshot(self) -> Snapshot:
         """The instance as it is now."""
-        now, settings = self._situation, self._instance.settings
+        now, settings, engine = self._situation, self._instance.settings, self._room.engine
         phase = self._phase()
         return Snapshot(
             instance=settings.name,
@@ -114,19 +103,19 @@ class Supervisor:
             requests_in_flight=self.gate.in_flight if self.gate else 0,
             is_drained=now.is_drained,
             reload_failed=self.reload_failed,
-            engine_pids=tuple(process.pid for process in self._engine.processes) if self._engine else (),
+            engine_pids=tuple(process.pid for process in engine.processes) if engine else (),
             memory_bytes=processes.resident_bytes(),
             engine_arguments=dict(now.course.plan.to_json()),
         )
 
     def _seconds_since_step(self) -> float | None:
-        if self._engine is None or self._engine.steps.last_step_at is None:
+        if (engine := self._room.engine) is None or engine.steps.last_step_at is None:
             return None
-        return round(time.monotonic() - self._engine.steps.last_step_at, 3)
+        return round(time.monotonic() - engine.steps.last_step_at, 3)
 
     def _phase(self) -> Phase:
         """How far a start has come; once there was none to wait for, the state itself."""
-        if self._situation.state is State.reloading and self._engine is not None:
+        if self._situation.state is State.reloading and self._room.engine is not None:
             return _FINISHING
         if self._situation.state in machine.HOLDING:
             return self._collector.phase or _WAITING
@@ -218,6 +207,7 @@ class Supervisor:
         except (ConfigError, HostError) as error:
             self._events.put_nowait(machine.HostMissing(error.exit_status, str(error)))
         else:
+            self._room.postmortem = self._host.postmortem
             course = await asyncio.to_thread(self._host.memory.recall, self._instance.plan)
             self._events.put_nowait(machine.HostReady(course))
 
@@ -242,11 +232,11 @@ class Supervisor:
         match order:
             case machine.StartEngine(epoch, reason, plan):
                 metrics.engine_starts.labels(reason).inc()
-                self._building = self._spawn(self._build(epoch, plan))
+                self._room.build(epoch, plan, self._instance)
             case machine.Remember(course) if self._host is not None:
                 await self._host.memory.remember(course)
             case machine.RetireEngine(epoch):
-                self._burying = self._spawn(self._retire(epoch))
+                self._room.retire(epoch)
             case machine.Pause(epoch, seconds):
                 self._spawn(self._pause(epoch, seconds))
             case machine.OpenGate():
@@ -256,20 +246,19 @@ class Supervisor:
             case machine.CloseGate(refuse):
                 self._close_gate(self.gate, refuse=refuse)
             case machine.CutRequests():
-                if self._survivor is not None:
-                    self._survivor.end(self._situation.why)
+                self._room.cut_requests(self._situation.why)
             case machine.Drain():
                 self._begin_drain(self.gate)
             case machine.StopEngine():
-                self._spawn(self._stop_engine())
+                self._spawn(self._room.stop())
 
     def _open_gate(self, gate: Gate) -> None:
         """As wide as the engine's batch; from now on the gate knows of every step."""
-        slots, engine = self._factory.built.max_num_seqs, self._engine
+        slots, engine = self._factory.built.max_num_seqs, self._room.engine
         if engine is not None:
             engine.steps.tell(gate.note)
             slots = slots and slots * (engine.args.data_parallel_size or 1)
-        gate.open(self._model, slots)
+        gate.open(self._room.app, slots)
 
     def _close_gate(self, gate: Gate, *, refuse: bool) -> None:
         if not refuse:
@@ -291,117 +280,21 @@ class Supervisor:
             self._events.put_nowait(machine.Forgotten())
         self._events.put_nowait(machine.PauseOver(epoch))
 
-    # Engines.
-    async def _build(self, epoch: int, plan: EnginePlan) -> None:
-        assert self._host is not None, "an engine is started after the host was ready"
-        recovery, postmortem = self._instance.settings.recovery, self._host.postmortem
-        limits = {"timeout_s": recovery.start_timeout_s, "stall_timeout_s": recovery.stall_timeout_s}
-        postmortem.begin()
-        metrics.continuous.engine_starts()
-        try:
-            with interpreter.loop_first():
-                self._engine = await self._factory.build(plan, epoch, **limits)
-                await self._bind(self._engine)
-        except (ConfigError, HostError, StartError) as error:
-            self._failed(epoch, await postmortem.of_start(error))
-        except Exception as error:  # noqa: BLE001 - the engine runs, but vLLM's handlers do not take it
-            get_logger().error("binding the engine failed", exc_info=error)
-            if self._engine is not None:
-                engine, self._engine = self._engine, None
-                await self._factory.stop(engine)
-            self._failed(epoch, await postmortem.of_start(error))
-        else:
-            self._progress = stall.Progress()
-            self._events.put_nowait(machine.EngineReady(epoch))
-
-    async def _bind(self, engine: Engine) -> None:
-        """Put the engine behind vLLM's handlers."""
-        from llm_serve.engine import openai
-        from llm_serve.engine.survivor import Survivor
-
-        if self._survivor is None:
-            self._survivor = Survivor(self._found_dead)
-        self._survivor.attach(engine.llm)
-        if self._model is None:
-            self._model = await asyncio.to_thread(
-                openai.build_app, engine.args, engine.tasks, engine.llm.model_config, self._instance.routes
-            )
-        await openai.bind(self._model, self._survivor, engine.args, engine.tasks)
-        metrics.continuous.observe()
-        self._survivor.bind(engine.llm, engine.epoch)
-
-    def _failed(self, epoch: int, failure: Failure) -> None:
-        self._events.put_nowait(machine.EngineFailed(epoch, failure, self._factory.built))
-
-    def _found_dead(self, epoch: int) -> None:
-        """A request, or the watch, has met a dead engine."""
-        self._lose(epoch, lambda postmortem, engine: postmortem.of_death(engine))
-
-    def _lose(self, epoch: int, explain: Callable[[Postmortem, Engine], Awaitable[Failure]]) -> None:
-        """From now on there is no engine; why, and when its remains are gone, is found out meanwhile."""
-        if self._engine is None or self._engine.epoch != epoch or self._host is None:
-            return
-        engine, self._engine = self._engine, None
-        metrics.continuous.engine_ended()
-        if self._survivor is not None:
-            self._survivor.unbind()
-        self._events.put_nowait(machine.EngineLost(epoch))
-        postmortem = self._host.postmortem
-
-        async def bury() -> None:
-            failure = await explain(postmortem, engine)
-            if self._survivor is not None:
-                self._survivor.explain(may_be_a_request=failure.kind not in NO_REQUEST)
-            self._failed(epoch, failure)
-
-        self._burying = self._spawn(bury())
-
-    async def _retire(self, epoch: int) -> None:
-        """End an engine that is well; if it has died meanwhile, its burial tells. What is open goes to the next."""
-        if (engine := self._engine) is None or engine.epoch != epoch or self._host is None:
-            return
-        self._engine = None
-        self._survivor.unbind()
-        metrics.continuous.engine_ended()
-        await self._factory.stop(engine)
-        await self._host.postmortem.wait_for_memory()
-        self._events.put_nowait(machine.EngineRetired(epoch))
-
-    async def _stop_engine(self) -> None:
-        if self._burying is not None and not self._burying.done():
-            # It removes what the dead engine has left; only its wait for GPU memory can take long.
-            await asyncio.wait({self._burying}, timeout=_BURY_S)
-        for task in (self._building, self._burying):
-            if task is not None and not task.done():
-                task.cancel()
-                await asyncio.wait({task}, timeout=_CANCEL_S)
-        if self._engine is not None:
-            engine, self._engine = self._engine, None
-            await self._factory.stop(engine)
-        await self._factory.kill_rest()
-        self._events.put_nowait(machine.EngineStopped())
-
     # Watches.
     async def _watch_engine(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             self._looked_at = time.monotonic()
-            if (engine := self._engine) is None or self._situation.state not in machine.WATCHED:
+            if (engine := self._room.engine) is None or self._situation.state not in machine.WATCHED:
                 continue
             if engine.is_dead:
-                self._found_dead(engine.epoch)
-            elif (stalled_s := await self._stalled_for_s(engine)) > self._instance.settings.recovery.stall_timeout_s:
-                self._lose(engine.epoch, partial(_of_stall, seconds=stalled_s))
+                self._room.found_dead(engine.epoch)
+            elif (
+                stalled_s := await self._room.stalled_for_s(engine)
+            ) > self._instance.settings.recovery.stall_timeout_s:
+                self._room.found_stalled(engine.epoch, stalled_s)
             elif self._situation.state is State.serving:
                 self._look_up()
-
-    async def _stalled_for_s(self, engine: Engine) -> float:
-        """Seconds without a step that got anywhere; a compiler at work counts as one."""
-        stalled_s = engine.steps.stalled_for_s()
-        if stalled_s < _COMPILING_AFTER_S:
-            return stalled_s
-        marks = await asyncio.to_thread(engine.compiler_marks)
-        return min(stalled_s, self._progress.idle_s(marks, time.monotonic()))
 
     def _look_up(self) -> None:
         """Try a larger plan when there has been nothing to do for a while, and it is time."""
@@ -426,7 +319,7 @@ class Supervisor:
     async def _drain(self, gate: Gate) -> None:
         timeout_s = self._instance.settings.server.drain_timeout_s
         deadline = time.monotonic() + timeout_s
-        while gate.in_flight > gate.held and self._engine is not None:
+        while gate.in_flight > gate.held and self._room.engine is not None:
             if time.monotonic() > deadline:
                 at_work = gate.in_flight - gate.held
                 get_logger().warning("drain deadline passed", seconds=timeout_s, in_flight=at_work)
@@ -450,14 +343,13 @@ class Supervisor:
         """False when a rule of this class is broken, so that systemd ends us: the watch sleeps, or a hang goes on."""
         now, recovery = time.monotonic(), self._instance.settings.recovery
         engine_hangs = (
-            self._engine is not None
+            self._room.engine is not None
             and self._situation.state in machine.WATCHED
             and now - self._looked_at > recovery.stall_timeout_s + _GRACE_S
         )
         starts_for_ever = (
             self._situation.state in machine.HOLDING
-            and self._building is not None
-            and not self._building.done()
+            and self._room.is_building
             and now - (self._situation.starts or (now,))[-1] > recovery.start_timeout_s + _GRACE_S
         )
         return not engine_hangs and not starts_for_ever
@@ -476,9 +368,9 @@ class Supervisor:
     async def _log_stats(self) -> None:
         while True:
             await asyncio.sleep(_LOG_STATS_EVERY_S)
-            if self._engine is not None and self._situation.state in machine.WATCHED:
+            if (engine := self._room.engine) is not None and self._situation.state in machine.WATCHED:
                 with contextlib.suppress(Exception):
-                    await self._engine.llm.do_log_stats()
+                    await engine.llm.do_log_stats()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -501,10 +393,6 @@ class Supervisor:
         (log.info if order.status == 0 else log.critical)("exit", status=order.status, why=order.why)
         self._notifier.status(order.why)
         return order.status
-
-
-async def _of_stall(postmortem: Postmortem, engine: Engine, seconds: float) -> Failure:
-    return await postmortem.of_stall(engine, seconds)
 
 
 def _limits(settings: Settings) -> machine.Limits:

@@ -18,6 +18,7 @@ from llm_serve.core.evidence import Failure, Kind
 from llm_serve.core.instance_file import parse_instance
 from llm_serve.core.machine import DrainRequested, ResumeRequested, Situation, State
 from llm_serve.core.plan import EnginePlan
+from llm_serve.engine_room import EngineRoom
 from llm_serve.host import boot
 from llm_serve.host.systemd import Silence
 from llm_serve.instance import Instance
@@ -176,7 +177,7 @@ RigMaker = Callable[[], Any]
 def rig(monkeypatch: pytest.MonkeyPatch) -> RigMaker:
     """A maker of rigs: a context, at whose beginning the first engine serves."""
 
-    async def bind(self: Supervisor, engine: Any) -> None:
+    async def bind(self: EngineRoom, engine: Any, _instance: Instance) -> None:
         engine.factory = self._factory
         self._survivor = SimpleNamespace(
             unbind=lambda: None, end=lambda why: None, explain=lambda may_be_a_request: None
@@ -191,7 +192,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> RigMaker:
 
         monkeypatch.setattr(module, "ready_host", ready_host)
         monkeypatch.setattr(boot, "check_host", lambda _: None)
-        monkeypatch.setattr(Supervisor, "_bind", bind)
+        monkeypatch.setattr(EngineRoom, "_bind", bind)
         running = asyncio.create_task(built.supervisor.run([]))
         await built.in_state(State.serving)
         yield built
@@ -267,7 +268,7 @@ async def test_an_engine_that_dies_before_it_has_made_room_is_buried_first(rig: 
     async with rig() as here:
         here.gate.in_flight = 1
         await here.supervisor.offer(NEW, needs_engine=True)
-        here.supervisor._found_dead(1)
+        here.supervisor._room.found_dead(1)
 
         now = await here.in_state(State.serving)
 
