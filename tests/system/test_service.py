@@ -175,7 +175,7 @@ def test_a_start_that_makes_progress_gets_the_time_it_needs(short_start: Machine
 def test_a_start_that_stands_still_gets_no_more_time(short_start: Machine) -> None:
     """An engine that is frozen while it starts does nothing, so systemd's patience ends."""
     short_start.run("systemctl", "start", "--no-block", UNIT)
-    main = short_start.wait_until(lambda: short_start.show(UNIT, "MainPID").strip("0"), 20, "a daemon")
+    main = short_start.wait_until(lambda: short_start.show(UNIT, "MainPID").removeprefix("0"), 20, "a daemon")
     short_start.wait_until(lambda: "engine's processes" in short_start.show(UNIT, "StatusText"), 60, "an engine start")
     short_start.wait_until(lambda: len(_pids(short_start)) >= 4, 30, "EngineCore")
     frozen = _pids(short_start) - {main}
