@@ -160,7 +160,9 @@ class Server:
 def ours(model: Path, arguments: Mapping[str, Any]) -> Iterator[Server]:
     """`llm-serve run FILE`."""
     engine = dict(arguments) | {"served_model_name": [servers.MODEL_NAME]}
-    daemon = Daemon(model, {"engine": engine, "recovery": {"stall_timeout_s": _STALL_TIMEOUT_S}}).start()
+    # As patient as the loop that it is compared with, which starts again for ever.
+    recovery = {"stall_timeout_s": _STALL_TIMEOUT_S, "restart_limit": 1000}
+    daemon = Daemon(model, {"engine": engine, "recovery": recovery}).start()
     try:
         daemon.wait_for_answers()
         yield Server(

@@ -29,7 +29,7 @@ MANY, MIB_A_START = 20, 8
 """Over fewer faults, the daemon's memory is noise."""
 KINDS = ("chat streamed", "chat with a stop string", "JSON schema", "chat with penalties", "two choices", "completion")
 TABLES: dict[str, dict[str, Any]] = {
-    "engine": {"kv_cache_memory_bytes": 512 << 20}, "recovery": {"restart_limit": 1000, "stall_timeout_s": 5},
+    "engine": {"kv_cache_memory_bytes": 512 << 20}, "recovery": {"restart_limit": 1000, "stall_timeout_s": 10},
 }  # fmt: skip
 
 
