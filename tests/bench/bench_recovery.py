@@ -1,6 +1,6 @@
 """Recovery: llm-serve against vLLM's own API server that somebody starts again whenever it ends, as `Restart=always` does.
 
-    python -m tests.bench.bench_recovery [--model FOLDER] [--rounds 3] [--only kill|fit|hang] [--json FILE]
+    python -m tests.bench.bench_recovery [--model FOLDER] [--rounds 3] [--only kill|fit|hang|gap] [--json FILE]
 
 Same model, same arguments, same load: clients that ask for one streamed answer after the other and, after an error,
 ask again half a second later. A shell loop with a pause of 1 s stands for systemd.
@@ -8,6 +8,7 @@ ask again half a second later. A shell loop with a pause of 1 s stands for syste
 kill  EngineCore is killed under load: seconds to the next answer that is complete.
 fit   the KV cache is too small for max_model_len: engine starts until it serves.
 hang  EngineCore is stopped under load: seconds until the server says that it is not well, and until it answers.
+gap   EngineCore is killed in the middle of one stream, llm-serve's only: the longest silence in it, and its parts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -29,6 +31,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +298,60 @@ def hang(model: Path, rounds: int) -> dict[str, Figures]:
     return figures
 
 
-FAULTS: dict[str, Callable[[Path, int], dict[str, Figures]]] = {"kill": kill, "fit": fit, "hang": hang}
+_GAP_TOKENS = 200
+_PARTS = {
+    "noticed": "serving -> recovering",
+    "explained and cleaned up": "engine failed",
+    "built": "recovering -> serving",
+}
+"""The parts of a gap, in order, by the log entry that ends each; the last ends with the next token."""
+
+
+def gap(model: Path, rounds: int) -> dict[str, Figures]:
+    """One stream, gone on with after each kill: what its client waits for."""
+    engine = dict(servers.ARGUMENTS) | {"served_model_name": [servers.MODEL_NAME]}
+    daemon = Daemon(model, {"engine": engine, "recovery": {"restart_limit": 1000}, "log": {"format": "json"}}).start()
+    try:
+        seen = [_parts_of_gap(daemon.wait_ready()) for _ in range(rounds)]
+    finally:
+        daemon.destroy()
+    return {"llm-serve": {f"{part} s": round(statistics.median(each[part] for each in seen), 2) for part in seen[0]}}
+
+
+def _parts_of_gap(daemon: Daemon) -> dict[str, float]:
+    heard: list[float] = []
+    body = {
+        "model": servers.MODEL_NAME,
+        "prompt": "Once",
+        "stream": True,
+        "max_tokens": _GAP_TOKENS,
+        "ignore_eos": True,
+    }
+
+    def listen() -> None:
+        with daemon.http.stream("POST", "/v1/completions", json=body) as answer:
+            heard.extend(time.time() for line in answer.iter_lines() if line.startswith("data: {"))
+
+    listening = daemon.later(listen)
+    time.sleep(1.5)
+    killed_at = time.time()
+    os.kill(min(daemon.status()["engine_pids"]), signal.SIGKILL)
+    listening.result(_START_LIMIT_S)
+
+    longest, ended_at = max((after - before, after) for before, after in itertools.pairwise(heard))
+    moments = [killed_at, *(_logged_at(daemon, entry, killed_at) for entry in _PARTS.values()), ended_at]
+    took = [after - before for before, after in itertools.pairwise(moments)]
+    return {"longest silence": longest} | dict(zip([*_PARTS, "read again, and the next token"], took, strict=True))
+
+
+def _logged_at(daemon: Daemon, event: str, since: float) -> float:
+    """When this was first logged after a moment."""
+    entries = (json.loads(line) for line in daemon.log().splitlines() if line.startswith("{"))
+    times = (datetime.fromisoformat(each["timestamp"]).timestamp() for each in entries if each["event"] == event)
+    return next(moment for moment in times if moment > since)
+
+
+FAULTS: dict[str, Callable[[Path, int], dict[str, Figures]]] = {"kill": kill, "fit": fit, "hang": hang, "gap": gap}
 
 
 def _table(found: Mapping[str, Mapping[str, Figures]]) -> Iterator[str]:
