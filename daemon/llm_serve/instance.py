@@ -18,6 +18,7 @@ from llm_serve.engine.factory import Factory, is_cpu_build
 from llm_serve.host import gpu_gate, model_identity, processes
 from llm_serve.host.nvml import Gpu, Gpus, open_gpus
 from llm_serve.host.state_file import StateFile
+from llm_serve.host.telemetry import Telemetry
 from llm_serve.host.witnesses import Witnesses
 from llm_serve.memory import Memory
 from llm_serve.postmortem import Postmortem
@@ -46,6 +47,7 @@ class Host:
     used: tuple[Gpu, ...]
     memory: Memory
     postmortem: Postmortem
+    telemetry: Telemetry
 
     def serving(self, instance: Instance) -> Host:
         """The same machine, with the memory of an instance whose file has changed."""
@@ -76,7 +78,9 @@ async def ready_host(instance: Instance, factory: Factory, collector: Collector,
     factory.device_memory_bytes = min((gpu.memory_total_bytes for gpu in used), default=None)
     witnesses = Witnesses(gpus, used)
     postmortem = Postmortem(factory, collector, witnesses, instance.state)
-    return Host(gpus, used, Memory(StateFile(instance.state), partial(_key, instance, used)), postmortem)
+    telemetry = Telemetry(gpus, used)
+    telemetry.start()
+    return Host(gpus, used, Memory(StateFile(instance.state), partial(_key, instance, used)), postmortem, telemetry)
 
 
 def _key(instance: Instance, gpus: tuple[Gpu, ...]) -> Key:

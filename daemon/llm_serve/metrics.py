@@ -5,15 +5,16 @@ Ours must not begin with `vllm:`: each new engine unregisters that prefix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.samples import Sample
 
 from llm_serve.core.machine import State
 from llm_serve.core.status import Snapshot
+from llm_serve.core.telemetry import THROTTLE_REASONS, Reading
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _RECOVERY_BUCKETS_S = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 300, 600, 1800)
@@ -86,6 +87,7 @@ class SnapshotCollector:
             now.progress,
         )
         yield _gauge("llm_serve_process_uptime_seconds", "Seconds since the daemon started.", now.uptime_s)
+        yield from _of_gpus(now.gpus)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -95,6 +97,48 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 def _optional(name: str, text: str, value: float | None) -> Iterable[GaugeMetricFamily]:
     """Absent, not zero, while it is not known."""
     return () if value is None else (_gauge(name, text, value),)
+
+
+_GPU_LABELS = ("gpu", "uuid", "name")
+_GPU_GAUGES: tuple[tuple[str, str, Callable[[Reading], float | None]], ...] = (
+    ("llm_serve_gpu_temperature_celsius", "Temperature of the GPU.", lambda gpu: gpu.temperature_celsius),
+    ("llm_serve_gpu_power_watts", "Power that the GPU draws.", lambda gpu: gpu.power_watts),
+    ("llm_serve_gpu_power_limit_watts", "Power that it may draw.", lambda gpu: gpu.power_limit_watts),
+    ("llm_serve_gpu_memory_used_bytes", "Memory in use, by whomever.", lambda gpu: gpu.memory_used_bytes),
+    ("llm_serve_gpu_memory_total_bytes", "Memory that it has.", lambda gpu: gpu.memory_total_bytes),
+    ("llm_serve_gpu_utilization_ratio", "Share of time in which a kernel ran.", lambda gpu: gpu.utilization_ratio),
+)
+
+
+def _of_gpus(gpus: Sequence[Reading]) -> Iterator[Metric]:
+    """A family is there if one of the GPUs has such a sensor, with those that have."""
+    labels = {gpu.index: (str(gpu.index), gpu.uuid, gpu.name) for gpu in gpus}
+    families: list[Metric] = []
+    for name, text, value_of in _GPU_GAUGES:
+        gauge = GaugeMetricFamily(name, text, labels=_GPU_LABELS)
+        for gpu in gpus:
+            if (value := value_of(gpu)) is not None:
+                gauge.add_metric(labels[gpu.index], value)
+        families.append(gauge)
+    throttle = GaugeMetricFamily(
+        "llm_serve_gpu_throttle_reasons",
+        "1 for what sets the clocks now, 0 for others.",
+        labels=[*_GPU_LABELS, "reason"],
+    )
+    xids = CounterMetricFamily(
+        "llm_serve_gpu_xid_errors", "NVIDIA's errors since the daemon started, by number.", labels=[*_GPU_LABELS, "xid"]
+    )
+    ecc = CounterMetricFamily(
+        "llm_serve_gpu_ecc_errors", "Memory errors over the life of the GPU, by kind.", labels=[*_GPU_LABELS, "kind"]
+    )
+    for gpu in gpus:
+        for reason in THROTTLE_REASONS if gpu.throttle_reasons is not None else ():
+            throttle.add_metric([*labels[gpu.index], reason], float(reason in (gpu.throttle_reasons or ())))
+        for xid, count in gpu.xids.items():
+            xids.add_metric([*labels[gpu.index], xid], count)
+        for kind, count in gpu.ecc_errors.items():
+            ecc.add_metric([*labels[gpu.index], kind], count)
+    yield from (family for family in (*families, throttle, xids, ecc) if family.samples)
 
 
 _OF_THE_FIRST_TOKEN = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:request_success")

@@ -105,6 +105,7 @@ class Supervisor:
             reload_failed=self.reload_failed,
             engine_pids=tuple(process.pid for process in engine.processes) if engine else (),
             memory_bytes=processes.resident_bytes(),
+            gpus=self._host.telemetry.readings() if self._host else (),
             engine_arguments=dict(now.course.plan.to_json()),
         )
 
@@ -178,6 +179,8 @@ class Supervisor:
             for task in self._tasks:
                 task.cancel()
             self._factory.close()
+            if self._host is not None:
+                self._host.telemetry.close()
 
     async def _run(self, architectures: list[str]) -> int:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import socketserver
 import threading
@@ -15,7 +14,9 @@ import pytest
 
 from llm_serve.cli import control
 from llm_serve.cli import status as command
+from llm_serve.core.evidence import Holder
 from llm_serve.core.status import Snapshot
+from llm_serve.core.telemetry import Reading
 
 START = time.time()
 NOW = Snapshot(
@@ -40,7 +41,15 @@ NOW = Snapshot(
     requests_in_flight=3,
     engine_pids=(8, 9),
     memory_bytes=200 << 20,
-)
+    gpus=(
+        Reading(
+            index=0, uuid="GPU-a", name="NVIDIA H200", temperature_celsius=61.0, power_watts=699.6, power_limit_watts=700.0,
+            memory_used_bytes=100 << 30, memory_total_bytes=140 << 30, utilization_ratio=0.97,
+            throttle_reasons=("gpu_idle", "sw_power_cap"), xids={"13": 2}, processes=(Holder(0, 9, "VLLM::Worker", 99 << 30),),
+        ),
+        Reading(index=1, uuid="GPU-b", name="NVIDIA L4"),
+    ),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -88,6 +97,10 @@ def test_one_instance_is_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  requests      3 in flight, 1 held" in lines
     assert "  daemon        pid 7, 200 MiB, up 1 d 1 h" in lines
     assert "  last failure  none" in lines
+    gpu = "NVIDIA H200, 61 °C, 700 W of 700, 100.0 of 140.0 GiB, 97% busy, slowed down by: power limit, Xids: 13 (2x)"
+    assert f"  GPU 0         {gpu}" in lines
+    assert "                VLLM::Worker (pid 9): 99.0 GiB" in lines
+    assert "  GPU 1         NVIDIA L4" in lines
 
 
 @pytest.mark.usefixtures("instance")
@@ -110,7 +123,7 @@ def test_json_is_the_whole_snapshot(name: str | None, capsys: pytest.CaptureFixt
     assert 0 == command.status(name, json_output=True)
 
     printed = json.loads(capsys.readouterr().out)
-    whole = json.loads(json.dumps(dataclasses.asdict(NOW)))
+    whole = json.loads(json.dumps(NOW.to_json()))
     assert (whole if name else [whole]) == printed
 
 

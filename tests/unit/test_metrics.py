@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from llm_serve import metrics
 from llm_serve.core.machine import State
 from llm_serve.core.status import Snapshot
+from llm_serve.core.telemetry import THROTTLE_REASONS, Reading
 
 NOW = Snapshot(
     instance="a",
@@ -184,3 +186,53 @@ def test_an_engine_s_own_first_token_is_not_counted() -> None:
             counter.labels("length").inc(asked)
         seen = {sample.value for each in shown.collect() for sample in each.samples if sample.name.endswith("_total")}
         assert {0.0 if asked == 1 else 4.0} == seen
+
+
+# GPUs.
+HOT = Reading(
+    index=1, uuid="GPU-b", name="NVIDIA L4", temperature_celsius=91.0, power_watts=70.5, power_limit_watts=72.0,
+    memory_used_bytes=5 << 30, memory_total_bytes=24 << 30, utilization_ratio=0.99,
+    throttle_reasons=("sw_power_cap",), ecc_errors={"corrected": 2, "uncorrected": 0}, xids={"79": 1},
+)  # fmt: skip
+BARE = Reading(index=0, uuid="GPU-a", name="old")
+
+
+def test_gpus_are_labelled() -> None:
+    """One series for each GPU and sensor, and every reason for its clocks as 0 or 1."""
+    families = scrape(dataclasses.replace(NOW, gpus=(HOT,)))
+
+    labels = {"gpu": "1", "uuid": "GPU-b", "name": "NVIDIA L4"}
+    seen = {
+        name.removeprefix("llm_serve_gpu_"): family.samples[0].value
+        for name, family in families.items()
+        if name.startswith("llm_serve_gpu_") and len(family.samples) == 1
+    }
+    assert {
+        "temperature_celsius": 91.0, "power_watts": 70.5, "power_limit_watts": 72.0, "memory_used_bytes": float(5 << 30),
+        "memory_total_bytes": float(24 << 30), "utilization_ratio": 0.99, "xid_errors": 1.0,
+    } == seen  # fmt: skip
+    assert labels == families["llm_serve_gpu_temperature_celsius"].samples[0].labels
+    throttle = {each.labels["reason"]: each.value for each in families["llm_serve_gpu_throttle_reasons"].samples}
+    assert {name: float(name == "sw_power_cap") for name in THROTTLE_REASONS} == throttle
+    ecc = {each.labels["kind"]: each.value for each in families["llm_serve_gpu_ecc_errors"].samples}
+    assert {"corrected": 2.0, "uncorrected": 0.0} == ecc
+
+
+def test_a_sensor_that_is_not_there_is_absent() -> None:
+    """Not zero: a GPU without sensors has no series, and beside another it takes none of its away."""
+    assert not [name for name in scrape(dataclasses.replace(NOW, gpus=(BARE,))) if name.startswith("llm_serve_gpu_")]
+    both = scrape(dataclasses.replace(NOW, gpus=(BARE, HOT)))
+    assert ["1"] == [each.labels["gpu"] for each in both["llm_serve_gpu_temperature_celsius"].samples]
+
+
+@pytest.mark.prometheus
+def test_promtool_finds_nothing_wrong_with_gpus() -> None:
+    """Names, units and help texts follow Prometheus's conventions."""
+    registry = CollectorRegistry()
+    registry.register(metrics.SnapshotCollector(lambda: dataclasses.replace(NOW, gpus=(BARE, HOT))))
+
+    judged = subprocess.run(
+        ["promtool", "check", "metrics"], input=generate_latest(registry), capture_output=True, check=False
+    )
+
+    assert (0, b"", b"") == (judged.returncode, judged.stdout, judged.stderr)

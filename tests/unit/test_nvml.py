@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_serve.core.evidence import Holder
+from llm_serve.core.telemetry import THROTTLE_REASONS, Reading, reasons
 from llm_serve.host import nvml
 from llm_serve.host.nvml import Gpu, GpuMemory, NoGpus, Nvml, open_gpus
 
@@ -52,6 +53,7 @@ class Device:
     is_lost: bool = False
     compute: list[tuple[int, Any]] = field(default_factory=list)
     graphics: list[tuple[int, Any]] = field(default_factory=list)
+    has_sensors: bool = True
 
 
 class Library:
@@ -62,6 +64,12 @@ class Library:
     NVML_ERROR_LIBRARY_NOT_FOUND = pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
     NVML_ERROR_LIB_RM_VERSION_MISMATCH = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
     NVML_ERROR_TIMEOUT = pynvml.NVML_ERROR_TIMEOUT
+    NVML_ERROR_NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
+    NVML_ERROR_FUNCTION_NOT_FOUND = pynvml.NVML_ERROR_FUNCTION_NOT_FOUND
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
+    NVML_MEMORY_ERROR_TYPE_CORRECTED = pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED
+    NVML_MEMORY_ERROR_TYPE_UNCORRECTED = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
+    NVML_AGGREGATE_ECC = pynvml.NVML_AGGREGATE_ECC
     nvmlEventTypeXidCriticalError = pynvml.nvmlEventTypeXidCriticalError
 
     def __init__(self, *devices: Device) -> None:
@@ -107,6 +115,33 @@ class Library:
 
     def nvmlDeviceGetGraphicsRunningProcesses(self, handle: ctypes.c_void_p) -> list[Any]:
         return listed(self.given[index_of(handle)].graphics)
+
+    def _sensor(self, handle: ctypes.c_void_p, value: Any) -> Any:
+        if not self.given[index_of(handle)].has_sensors:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return value
+
+    def nvmlDeviceGetTemperature(self, handle: ctypes.c_void_p, sensor: int) -> int:
+        assert sensor == pynvml.NVML_TEMPERATURE_GPU
+        return int(self._sensor(handle, 61))
+
+    def nvmlDeviceGetPowerUsage(self, handle: ctypes.c_void_p) -> int:
+        return int(self._sensor(handle, 699_500))
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: ctypes.c_void_p) -> int:
+        return int(self._sensor(handle, 700_000))
+
+    def nvmlDeviceGetUtilizationRates(self, handle: ctypes.c_void_p) -> Any:
+        return self._sensor(handle, SimpleNamespace(gpu=97, memory=40))
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: ctypes.c_void_p) -> int:
+        return int(
+            self._sensor(handle, pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwThermalSlowdown)
+        )
+
+    def nvmlDeviceGetTotalEccErrors(self, handle: ctypes.c_void_p, errorType: int, counterType: int) -> int:
+        assert counterType == pynvml.NVML_AGGREGATE_ECC
+        return int(self._sensor(handle, {pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED: 12}.get(errorType, 1)))
 
     def nvmlEventSetCreate(self) -> str:
         return "events"
@@ -185,7 +220,7 @@ def test_the_fake_is_like_the_real_package() -> None:
     counts = {name: len(inspect.signature(getattr(Library, name)).parameters) - 1 for name in FUNCTIONS}
 
     assert {name: len(inspect.signature(getattr(pynvml, name)).parameters) for name in FUNCTIONS} == counts
-    assert 14 == len(FUNCTIONS)
+    assert 20 == len(FUNCTIONS)
 
 
 # What there is.
@@ -457,3 +492,64 @@ def test_the_thread_holds_up_nobody_s_end(open_with: Open) -> None:
 
     assert gpus._listener
     assert gpus._listener.daemon
+
+
+# What its sensors say.
+def test_a_gpu_is_read(open_with: Open) -> None:
+    """Watts, degrees, shares and bytes, reasons by name, and who holds its memory."""
+    gpus, _ = open_with(Device(used=3 * GIB, compute=[(NOBODY, 2 * GIB)]))
+
+    reading = gpus.read(gpus.devices()[0])
+
+    assert Reading(
+        index=0, uuid="GPU-0", name="NVIDIA H200", temperature_celsius=61.0, power_watts=699.5, power_limit_watts=700.0,
+        memory_used_bytes=3 * GIB, memory_total_bytes=141 * GIB, utilization_ratio=0.97,
+        throttle_reasons=("sw_power_cap", "hw_thermal_slowdown"), ecc_errors={"corrected": 12, "uncorrected": 1},
+        processes=(Holder(0, NOBODY, "a process of another user or container", 2 * GIB),),
+    ) == reading  # fmt: skip
+    assert ("power limit", "too hot, says the hardware") == reading.slowed_by
+
+
+def test_a_gpu_without_sensors_is_no_problem(open_with: Open) -> None:
+    """What a device does not have is absent, and nobody is told of it."""
+    gpus, _ = open_with(Device(has_sensors=False))
+
+    reading = gpus.read(gpus.devices()[0])
+
+    assert Reading(0, "GPU-0", "NVIDIA H200", memory_used_bytes=0, memory_total_bytes=141 * GIB) == reading
+    assert () == gpus.problems()
+
+
+def test_a_gpu_that_is_lost_leaves_its_name(open_with: Open) -> None:
+    """Every question fails, none of them to the caller, and it is said."""
+    gpus, library = open_with(Device(), Device())
+    first, second = gpus.devices()
+    library.given[1].is_lost = True
+
+    assert Reading(1, "GPU-1", "NVIDIA H200") == gpus.read(second)
+    assert any("the temperature of GPU 1" in each for each in gpus.problems())
+    assert 61.0 == gpus.read(first).temperature_celsius
+
+
+def test_xids_are_counted_over_all_engines(open_with: Open) -> None:
+    """A new engine forgets what the last one met; the counter goes on."""
+    gpus, library = open_with(Device())
+    gpus.forget_xids()
+    for xid in (79, 13, 13):
+        library.events.put((0, xid))
+    eventually(gpus.xids, (13, 79))
+    gpus.forget_xids()
+    library.events.put((0, 13))
+    eventually(gpus.xids, (13,))
+
+    assert {"79": 1, "13": 3} == gpus.read(gpus.devices()[0]).xids
+
+
+@pytest.mark.parametrize("name", THROTTLE_REASONS)
+def test_reasons_have_nvidia_s_bits(name: str) -> None:
+    """The table is NVML's own."""
+    theirs = "nvmlClocksEventReason" + "".join(part.capitalize() for part in name.split("_"))
+
+    assert getattr(pynvml, theirs) == THROTTLE_REASONS[name][0]
+    assert (name,) == reasons(THROTTLE_REASONS[name][0])
+    assert NoGpus("none").read(Gpu(0, "u", "n", "p", 1)).throttle_reasons is None

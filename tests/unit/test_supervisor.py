@@ -126,8 +126,15 @@ class Host:
     """A machine where every failed start is explained in the same way."""
 
     def __init__(self) -> None:
-        self.memory, self.postmortem = Memory(), self
+        self.memory, self.postmortem, self.telemetry = Memory(), self, self
         self.last = ()
+
+    def readings(self) -> tuple[()]:
+        """No GPU."""
+        return ()
+
+    def close(self) -> None:
+        """Nothing."""
 
     def serving(self, _: Instance) -> Host:
         """The same."""

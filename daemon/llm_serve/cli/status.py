@@ -48,11 +48,30 @@ def _print_one(now: dict[str, Any]) -> None:
     }
     for label, value in rows.items():
         print(f"  {label:13} {value}")
+    for gpu in now.get("gpus", ()):
+        print(f"  {'GPU ' + str(gpu['index']):13} {_gpu(gpu)}")
+        for each in gpu["processes"]:
+            print(f"  {'':13} {each['name']} (pid {each['pid']}): {each['used_bytes'] / 2**30:.1f} GiB")
     for number, reason in enumerate(now["steps"], 1):
         print(f"  step {number:<8} {reason}")
     for each in now["failures"]:
         failure = each["failure"]
         print(f"  {_age(each['time'])} ago: {failure['kind']}: {failure['detail']}")
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    """One line; what the device does not tell is left out."""
+    power, limit = gpu["power_watts"], gpu["power_limit_watts"]
+    used, total = gpu["memory_used_bytes"], gpu["memory_total_bytes"]
+    said = {
+        f"{gpu['temperature_celsius'] or 0:.0f} °C": gpu["temperature_celsius"] is not None,
+        f"{power or 0:.0f} W" + (f" of {limit:.0f}" if limit else ""): power is not None,
+        f"{(used or 0) / 2**30:.1f} of {(total or 0) / 2**30:.1f} GiB": used is not None,
+        f"{gpu['utilization_ratio'] or 0:.0%} busy": gpu["utilization_ratio"] is not None,
+        "slowed down by: " + ", ".join(gpu["slowed_by"]): bool(gpu["slowed_by"]),
+        "Xids: " + ", ".join(f"{xid} ({count}x)" for xid, count in gpu["xids"].items()): bool(gpu["xids"]),
+    }
+    return ", ".join([gpu["name"], *(words for words, is_known in said.items() if is_known)])
 
 
 def _print_table(all_of_them: list[dict[str, Any]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llm_serve.core.telemetry import Reading
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -39,11 +41,12 @@ class Snapshot:
     reload_failed: str | None = None
     engine_pids: tuple[int, ...] = ()
     memory_bytes: int = 0
+    gpus: tuple[Reading, ...] = ()
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The body of /status."""
-        return asdict(self)
+        return asdict(self) | {"gpus": [asdict(gpu) | {"slowed_by": gpu.slowed_by} for gpu in self.gpus]}
 
     @property
     def line(self) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from llm_serve.core.evidence import Holder
+from llm_serve.core.telemetry import Reading, reasons
 
 _EVENT_WAIT_MS = 1000
 _LONGEST_NAME = 64
@@ -60,6 +61,9 @@ class Gpus(Protocol):
     def holders(self, indices: Collection[int], *, without: Collection[int]) -> tuple[Holder, ...]:
         """Processes that hold memory of these GPUs, but for the pids named."""
 
+    def read(self, gpu: Gpu) -> Reading:
+        """What its sensors say now."""
+
     def xids(self, indices: Collection[int] | None = None) -> tuple[int, ...]:
         """NVIDIA's error numbers since `forget_xids`, each once; of these GPUs, or of all."""
 
@@ -90,6 +94,10 @@ class NoGpus:
     def holders(self, indices: Collection[int], *, without: Collection[int]) -> tuple[Holder, ...]:  # noqa: ARG002
         """Nobody."""
         return ()
+
+    def read(self, gpu: Gpu) -> Reading:
+        """Nothing but its name."""
+        return Reading(gpu.index, gpu.uuid, gpu.name)
 
     def xids(self, indices: Collection[int] | None = None) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
         """None."""
@@ -145,6 +153,7 @@ class Nvml:
         self._nvml = library
         self._problems: dict[str, str] = {}
         self._xids: set[tuple[int | None, int]] = set()
+        self._all_xids: Counter[tuple[int | None, int]] = Counter()
         self._listener: threading.Thread | None = None
         self._is_closed = threading.Event()
 
@@ -194,6 +203,61 @@ class Nvml:
                 listed[int(process.pid)] += process.usedGpuMemory if isinstance(process.usedGpuMemory, int) else 0
             used |= {pid: max(amount, used.get(pid, 0)) for pid, amount in listed.items()}
         return used
+
+    def read(self, gpu: Gpu) -> Reading:
+        """Sensor by sensor: one that this GPU does not have, or that does not answer, leaves the others alone."""
+        nvml, memory = self._nvml, self.memory(gpu.index)
+        milliwatts = self._sensor(gpu, "power", nvml.nvmlDeviceGetPowerUsage)
+        limit = self._sensor(gpu, "power limit", nvml.nvmlDeviceGetEnforcedPowerLimit)
+        busy = self._sensor(gpu, "utilization", nvml.nvmlDeviceGetUtilizationRates)
+        bits = self._sensor(gpu, "clocks", nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+        return Reading(
+            index=gpu.index,
+            uuid=gpu.uuid,
+            name=gpu.name,
+            temperature_celsius=self._sensor(
+                gpu,
+                "temperature",
+                lambda handle: float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            ),
+            power_watts=None if milliwatts is None else milliwatts / 1000,
+            power_limit_watts=None if limit is None else limit / 1000,
+            memory_used_bytes=memory.used if memory else None,
+            memory_total_bytes=memory.total if memory else None,
+            utilization_ratio=None if busy is None else busy.gpu / 100,
+            throttle_reasons=None if bits is None else reasons(bits),
+            ecc_errors=self._ecc_errors(gpu),
+            xids={
+                str(xid): count for (index, xid), count in self._all_xids.copy().items() if index in {gpu.index, None}
+            },
+            processes=self.holders([gpu.index], without=()),
+        )
+
+    def _ecc_errors(self, gpu: Gpu) -> Mapping[str, int]:
+        nvml = self._nvml
+        kinds = {
+            "corrected": nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED,
+            "uncorrected": nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+        }
+        counts = {
+            kind: self._sensor(gpu, f"{kind} ECC errors", partial(_total_ecc_errors, nvml, number))
+            for kind, number in kinds.items()
+        }
+        return {kind: count for kind, count in counts.items() if count is not None}
+
+    def _sensor(self, gpu: Gpu, name: str, question: Callable[[Any], _Answer]) -> _Answer | None:
+        """None also where the device has none: that is no problem."""
+        nvml = self._nvml
+
+        def ask() -> _Answer | None:
+            try:
+                return question(nvml.nvmlDeviceGetHandleByIndex(gpu.index))
+            except nvml.NVMLError as error:
+                if getattr(error, "value", None) in {nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND}:
+                    return None
+                raise
+
+        return self._ask(f"the {name} of GPU {gpu.index}", ask)
 
     def xids(self, indices: Collection[int] | None = None) -> tuple[int, ...]:
         """As the driver reported them; GPUs that report none have none here."""
@@ -246,7 +310,9 @@ class Nvml:
                 if getattr(error, "value", None) != self._nvml.NVML_ERROR_TIMEOUT:
                     self._is_closed.wait(_EVENT_WAIT_MS / 1000)  # a lost GPU answers at once, for ever
                 continue
-            self._xids.add((indices.get(_address(event.device)), int(event.eventData)))
+            seen = (indices.get(_address(event.device)), int(event.eventData))
+            self._xids.add(seen)
+            self._all_xids[seen] += 1
 
     def _register(self, events: Any) -> Mapping[int, int]:
         """The GPUs that will report: index by the address of the handle, since a lost GPU does not tell its index."""
@@ -268,6 +334,11 @@ class Nvml:
         self._is_closed.set()
         with contextlib.suppress(self._nvml.NVMLError):
             self._nvml.nvmlShutdown()
+
+
+def _total_ecc_errors(library: Any, kind: int, handle: Any) -> int:
+    """Over the life of the GPU, so that the driver's restart takes nothing away."""
+    return int(library.nvmlDeviceGetTotalEccErrors(handle, kind, library.NVML_AGGREGATE_ECC))
 
 
 def _address(handle: Any) -> int:
