@@ -126,7 +126,8 @@ class Orders:
             return Reply(_TRY_AGAIN, f"the instance is {now.state} ({now.why}): nothing was changed.")
         already = " already" if now.is_drained == before.is_drained else ""
         later = "" if now.state in machine.UP else f", as soon as the engine answers (the instance is {now.state})"
-        reply = Reply(0, f"admission is{already} {outcome}{later}.")
+        but = f"; but {now.too_hot}" if now.too_hot and not now.is_drained else ""
+        reply = Reply(0, f"admission is{already} {outcome}{later}{but}.")
         get_logger().info(reply.message)
         return reply
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from llm_serve import __version__, metrics
-from llm_serve.core import machine, stall
+from llm_serve.core import guard, machine, stall
 from llm_serve.core.course import Course, Floors
 from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.fallbacks import AUTO_BACKENDS
@@ -102,6 +102,7 @@ class Supervisor:
             requests_held=self.gate.held if self.gate else 0,
             requests_in_flight=self.gate.in_flight if self.gate else 0,
             is_drained=now.is_drained,
+            too_hot=now.too_hot,
             reload_failed=self.reload_failed,
             engine_pids=tuple(process.pid for process in engine.processes) if engine else (),
             memory_bytes=processes.resident_bytes(),
@@ -288,6 +289,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             self._looked_at = time.monotonic()
+            self._watch_heat()
             if (engine := self._room.engine) is None or self._situation.state not in machine.WATCHED:
                 continue
             if engine.is_dead:
@@ -298,6 +300,13 @@ class Supervisor:
                 self._room.found_stalled(engine.epoch, stalled_s)
             elif self._situation.state is State.serving:
                 self._look_up()
+
+    def _watch_heat(self) -> None:
+        """Pause admission while a GPU is too hot; while none tells its temperature, all stays as it is."""
+        gpus, was = self._host.telemetry.readings() if self._host else (), self._situation.too_hot
+        why = guard.too_hot(gpus, self._instance.settings.gpu.pause_above_celsius, is_paused=bool(was))
+        if why is not None and bool(why) != bool(was):
+            self._events.put_nowait(machine.Heated(why) if why else machine.Cooled())
 
     def _look_up(self) -> None:
         """Try a larger plan when there has been nothing to do for a while, and it is time."""

@@ -17,6 +17,7 @@ from llm_serve.core.machine import (
     Action,
     Announce,
     CloseGate,
+    Cooled,
     CutRequests,
     Drain,
     Drained,
@@ -30,6 +31,7 @@ from llm_serve.core.machine import (
     Exit,
     FileChanged,
     Forgotten,
+    Heated,
     HostMissing,
     HostReady,
     HostWaits,
@@ -86,6 +88,7 @@ RELOADING = replace(FINISHING, epoch=2, has_served=False, course=OTHER, next=Non
 RELOAD_PAUSING = replace(RELOADING, has_engine=False, last_failure=CRASH)
 SPENT = replace(PAUSING, starts=(50.0, 60.0, 70.0, 75.0))
 
+HOT = "GPU 0 has 91 °C"
 AT = 80.0
 REFUSE, HOLD = CloseGate(refuse=True), CloseGate(refuse=False)
 GAVE_UP = "gave up after 4 engine starts in 100 s; last failure: crashed: EngineCore was ended by SIGSEGV."
@@ -230,6 +233,23 @@ ANSWERS: dict[str, tuple[Situation, Event, State, tuple[Action, ...]]] = {
     "admission is stopped before the engine is up": (STARTING, DrainRequested(), State.starting, ()),
     "admission is resumed": (DRAINED, ResumeRequested(), State.serving, (OpenGate(),)),
     "admission is resumed once more": (SERVING, ResumeRequested(), State.serving, ()),
+    "a GPU gets too hot": (SERVING, Heated(HOT), State.drained, (HOLD,)),
+    "a GPU gets too hot while drained": (DRAINED, Heated(HOT), State.drained, ()),
+    "a GPU gets too hot before the engine is up": (STARTING, Heated(HOT), State.starting, ()),
+    "it has cooled down": (replace(DRAINED, is_drained=False, too_hot=HOT), Cooled(), State.serving, (OpenGate(),)),
+    "it has cooled down, but a hand keeps it": (replace(DRAINED, too_hot=HOT), Cooled(), State.drained, ()),
+    "admission is resumed, but it is too hot": (
+        replace(DRAINED, too_hot=HOT),
+        ResumeRequested(),
+        State.drained,
+        (),
+    ),
+    "the next engine answers while it is too hot": (
+        replace(RESTARTING, too_hot=HOT),
+        EngineReady(2),
+        State.drained,
+        (Announce(),),
+    ),
     "an engine is found dead while drained": (DRAINED, EngineLost(1), State.recovering, (HOLD,)),
     "the next engine answers while drained": (
         replace(RESTARTING, is_drained=True),
@@ -311,6 +331,7 @@ IGNORED: list[tuple[str, Event]] = [
     ("reloading", EngineRetired(2)),
     ("draining", CHANGE),
     ("draining", DrainRequested()),
+    ("draining", Heated("GPU 0 has 91 °C")),
     ("draining", EngineRetired(1)),
     ("serving", HostReady()),
     ("serving", EngineReady(1)),
@@ -486,6 +507,19 @@ def test_admission_that_is_resumed_during_a_recovery_opens_with_the_engine() -> 
     assert OpenGate() in step(resumed, EngineReady(2), AT)[1]
 
 
+def test_what_keeps_admission_stopped_is_told() -> None:
+    """The sentence is that of the hand, then that of the heat, also over a recovery."""
+    now = replace(DRAINED, too_hot=HOT)
+
+    now, _ = step(now, ResumeRequested(), AT)
+    assert HOT == now.why
+    for event in (EngineLost(1), EngineFailed(1, CRASH), PauseOver(2), EngineReady(2)):
+        now, _ = step(now, event, AT)
+
+    assert f"the engine answers; {HOT}" == now.why
+    assert (OpenGate(),) == step(now, Cooled(), AT)[1]
+
+
 def test_jitter_stretches_pauses_and_no_more() -> None:
     """Two instances of one machine do not start in step."""
     second = replace(RESTARTING, limits=replace(LIMITS, jitter=1.0))
@@ -513,6 +547,8 @@ EVENTS = st.one_of(
     st.builds(StopRequested),
     st.builds(DrainRequested),
     st.builds(ResumeRequested),
+    st.builds(Heated, st.just("GPU 0 has 91 °C")),
+    st.builds(Cooled),
     st.builds(FileChanged, st.integers(1, 9), st.just(LIMITS), st.sampled_from([None, OTHER, Course(PLAN, (LOWER,))])),
 )
 

@@ -61,6 +61,11 @@ CHANGES: dict[str, tuple[str, str, Change]] = {
         "[gpu]\ndevices = [1]\n[recovery]",
         Change(("gpu.devices",), ("gpu.devices",), needs_engine=True),
     ),
+    "a limit of the heat": (
+        "[recovery]",
+        "[gpu]\npause_above_celsius = 85\n[recovery]",
+        Change(("gpu.pause_above_celsius",), (), needs_engine=False),
+    ),
     "another tokenizer": (
         "= 16",
         '= 16\ntokenizer = "t"',

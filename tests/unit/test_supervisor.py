@@ -18,6 +18,7 @@ from llm_serve.core.evidence import Failure, Kind
 from llm_serve.core.instance_file import parse_instance
 from llm_serve.core.machine import DrainRequested, ResumeRequested, Situation, State
 from llm_serve.core.plan import EnginePlan
+from llm_serve.core.telemetry import Reading
 from llm_serve.engine_room import EngineRoom
 from llm_serve.host import boot
 from llm_serve.host.systemd import Silence
@@ -33,8 +34,10 @@ def instance(text: str) -> Instance:
     return Instance(settings, EnginePlan.from_settings(settings), frozenset(), Path("/nowhere"), text)
 
 
-OLD = instance("[server]\ndrain_timeout_s = 0.2\n[engine]\nmax_num_seqs = 16")
-NEW = instance("[server]\ndrain_timeout_s = 0.2\nmax_queued = 1\n[engine]\nmax_num_seqs = 8")
+OLD = instance("[server]\ndrain_timeout_s = 0.2\n[gpu]\npause_above_celsius = 85\n[engine]\nmax_num_seqs = 16")
+NEW = instance(
+    "[server]\ndrain_timeout_s = 0.2\nmax_queued = 1\n[gpu]\npause_above_celsius = 85\n[engine]\nmax_num_seqs = 8"
+)
 
 
 class Gate:
@@ -128,10 +131,11 @@ class Host:
     def __init__(self) -> None:
         self.memory, self.postmortem, self.telemetry = Memory(), self, self
         self.last = ()
+        self.temperature = 60.0
 
-    def readings(self) -> tuple[()]:
-        """No GPU."""
-        return ()
+    def readings(self) -> tuple[Reading, ...]:
+        """One GPU."""
+        return (Reading(0, "GPU-a", "NVIDIA L4", temperature_celsius=self.temperature),)
 
     def close(self) -> None:
         """Nothing."""
@@ -293,6 +297,24 @@ async def test_admission_can_be_stopped_and_resumed(rig: RigMaker) -> None:
 
         assert (State.drained, State.serving) == (drained.state, resumed.state)
         assert ("drained", True) == (seen.state, seen.is_drained)
+        assert (["open", "hold", "open"], [1]) == (here.gate.heard, here.factory.alive)
+
+
+async def test_heat_pauses_admission(rig: RigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a GPU is too hot requests wait, the engine stays, and `status` says why."""
+    monkeypatch.setattr(module, "_WATCH_EVERY_S", 0.01)
+    async with rig() as here:
+        here.host.temperature = 91.0
+        paused = await here.in_state(State.drained)
+        seen = here.supervisor.snapshot()
+        here.host.temperature = 80.0
+        await here.in_state(State.serving)
+        await asyncio.sleep(0)
+
+        assert paused.why == seen.too_hot
+        assert "GPU 0 has 91 °C" in seen.too_hot
+        assert not seen.is_drained
+        assert 91.0 == seen.gpus[0].temperature_celsius
         assert (["open", "hold", "open"], [1]) == (here.gate.heard, here.factory.alive)
 
 

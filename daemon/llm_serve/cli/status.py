@@ -42,7 +42,7 @@ def _print_one(now: dict[str, Any]) -> None:
         "start": f"{now['phase']} ({now['progress']:.0%})",
         "last failure": now["last_failure"] or "none",
         "daemon": f"pid {now['pid']}, {now['memory_bytes'] >> 20} MiB, up {_age(now['started'])}",
-        "admission": "stopped by hand" if now["is_drained"] else "open",
+        "admission": "stopped by hand" if now["is_drained"] else now["too_hot"] or "open",
         "last reload": f"failed: {now['reload_failed']}" if now["reload_failed"] else "none failed",
         "file": now["source"],
     }

@@ -42,7 +42,7 @@ FINAL = frozenset({State.stopped, State.failed})
 HOLDING = frozenset({State.waiting_for_host, State.starting, State.recovering, State.reloading})
 """States in which a request waits for an engine instead of being refused."""
 UP = frozenset({State.serving, State.drained})
-"""States in which the engine answers; `drained` is without admission, which somebody has stopped by hand."""
+"""States in which the engine answers; `drained` is without admission, which a hand or the heat has stopped."""
 WATCHED = UP | {State.reloading}
 """States in which an engine may be at work on requests, so that its death or stall matters."""
 
@@ -126,6 +126,18 @@ class ResumeRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class Heated:
+    """A GPU is too hot for new requests. `why` is a sentence."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cooled:
+    """No GPU is too hot any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRetired:
     """The engine of this epoch was ended in good order, to make room for another. Nothing of it is left."""
 
@@ -156,8 +168,8 @@ class EngineStopped:
 
 Event = (
     HostReady | HostWaits | HostMissing | Forgotten | EngineReady | EngineLost | EngineFailed | StepUpDue
-    | FileChanged | DrainRequested | ResumeRequested | EngineRetired | PauseOver | StopRequested | Drained
-    | EngineStopped
+    | FileChanged | DrainRequested | ResumeRequested | Heated | Cooled | EngineRetired | PauseOver | StopRequested
+    | Drained | EngineStopped
 )  # fmt: skip
 
 
@@ -264,7 +276,8 @@ class Situation:
 
     `file` is the number of the reading of the file that counts. `next` is the course that the next engine gets, while
     this one finishes. `before` is the situation to return to while the plan of a changed file is on trial.
-    `fell_back` says why the last changed file was left again. `is_drained` is true while admission is stopped by hand.
+    `fell_back` says why the last changed file was left again. `is_drained` is true while admission is stopped by hand,
+    `too_hot` says why heat stops it.
     """
 
     limits: Limits
@@ -284,6 +297,7 @@ class Situation:
     story: tuple[str, ...] = ()
     is_stopping_now: bool = False
     is_drained: bool = False
+    too_hot: str = ""
     file: int = 0
     next: Course | None = None
     before: Situation | None = None
@@ -328,15 +342,14 @@ def step(now: Situation, event: Event, at: float) -> Answered:  # noqa: C901, PL
             return now, (RetireEngine(now.epoch),)
         case EngineRetired(epoch) if _is_current(now, epoch) and now.next is not None and now.state in _BETWEEN_ENGINES:
             return _try_next(replace(now, has_engine=False), now.next, at)
-        case DrainRequested() if now.state is State.serving:
-            drained = replace(now, is_drained=True)
-            return _to(drained, State.drained, "admission is stopped by hand", at), (CloseGate(refuse=False),)
-        case DrainRequested() if now.state in HOLDING:
-            return replace(now, is_drained=True), ()
-        case ResumeRequested() if now.state is State.drained:
-            return _to(replace(now, is_drained=False), State.serving, "admission is resumed", at), (OpenGate(),)
-        case ResumeRequested():
-            return replace(now, is_drained=False), ()
+        case DrainRequested() if now.state is not State.draining:
+            return _admit(replace(now, is_drained=True), at)
+        case ResumeRequested() if now.state is not State.draining:
+            return _admit(replace(now, is_drained=False), at)
+        case Heated(why) if now.state is not State.draining:
+            return _admit(replace(now, too_hot=why), at)
+        case Cooled() if now.state is not State.draining:
+            return _admit(replace(now, too_hot=""), at)
         case StopRequested():
             return _stop(now, at)
         case Drained() if now.state is State.draining and not now.is_stopping_now:
@@ -384,10 +397,25 @@ def _ready(now: Situation, at: float) -> Answered:
     trials_failed = 0 if now.proven is not None else now.trials_failed
     up = replace(now, course=course, proven=None, before=None, trials_failed=trials_failed, failures_in_a_row=0)
     orders: tuple[Action, ...] = () if was_proven else (Remember(course),)
-    if now.is_drained:
-        why = "the engine answers; admission is stopped by hand"
+    if why := _stopped_by(now):
+        why = f"the engine answers; {why}"
         return _to(replace(up, has_served=True), State.drained, why, at), (*orders, Announce())
     return _to(replace(up, has_served=True), State.serving, "the engine answers", at), (*orders, OpenGate(), Announce())
+
+
+def _stopped_by(now: Situation) -> str:
+    """Why no new request may reach the engine; empty when it may."""
+    return "admission is stopped by hand" if now.is_drained else now.too_hot
+
+
+def _admit(now: Situation, at: float) -> Answered:
+    """Admission as a hand and the heat want it. Where no engine answers, that is only kept in mind."""
+    why = _stopped_by(now)
+    if now.state is State.serving and why:
+        return _to(now, State.drained, why, at), (CloseGate(refuse=False),)
+    if now.state is State.drained and not why:
+        return _to(now, State.serving, "admission is resumed", at), (OpenGate(),)
+    return (replace(now, why=why) if now.state is State.drained else now), ()
 
 
 def _try_next(now: Situation, course: Course, at: float) -> Answered:
@@ -467,6 +495,7 @@ def _back_from_file(now: Situation, why: str, at: float) -> Answered:
         has_engine=False,
         has_served=False,
         is_drained=now.is_drained,
+        too_hot=now.too_hot,
         last_failure=now.last_failure,
         story=_told(now, sentence),
         starts=(),

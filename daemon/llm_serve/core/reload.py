@@ -12,6 +12,7 @@ OF_THE_PROCESS = frozenset(
     {
         *("model", "log.level", "log.format", "server.listen", "server.anthropic_messages", "server.front_ends"),
         *("server.header_timeout_s", "server.body_timeout_s", "server.stream_keep_alive_s"),
+        *("gpu.devices", "gpu.wait_timeout_s"),
     }
 )
 """Options that are used once, when the process starts; no stream begun with one model can be ended by another."""
@@ -35,8 +36,8 @@ OF_THE_MODEL = frozenset(
 """vLLM's arguments that make another model of the same name."""
 
 _NEEDS_RESTART = OF_THE_PROCESS | OF_THE_APPLICATION | OF_THE_MODEL
-_TABLES_OF_THE_PROCESS = ("gpu.", "engine.env.")
-"""Devices are bound, and much of the environment is read, when the process starts."""
+_ENVIRONMENT = "engine.env."
+"""Much of it is read when the process starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def compare(old: Settings, new: Settings) -> Change:
 
 
 def _needs_restart(name: str) -> bool:
-    return name in _NEEDS_RESTART or name.startswith(_TABLES_OF_THE_PROCESS)
+    return name in _NEEDS_RESTART or name.startswith(_ENVIRONMENT)
 
 
 def _options(settings: Settings) -> Iterator[tuple[str, object]]:

@@ -38,6 +38,7 @@ class Snapshot:
     requests_held: int = 0
     requests_in_flight: int = 0
     is_drained: bool = False
+    too_hot: str = ""
     reload_failed: str | None = None
     engine_pids: tuple[int, ...] = ()
     memory_bytes: int = 0
