@@ -600,8 +600,9 @@ class World:
         if self.now.before is None and before.before is not None and self.now.state not in UP | {State.draining}:
             assert (before.before.course, before.before.limits) == (self.now.course, self.now.limits)
             self.starts = []
-        assert not (self.now.is_drained and self.now.state is State.serving)
-        assert (self.now.state is State.drained) <= self.now.is_drained
+        is_stopped = self.now.is_drained or bool(self.now.too_hot)
+        assert not (is_stopped and self.now.state is State.serving)
+        assert (self.now.state is State.drained) <= is_stopped
         assert (self.now.before is not None) <= (self.now.state in {State.reloading, State.draining, *FINAL})
 
     def _is_stale(self, event: Event) -> bool:
@@ -705,7 +706,7 @@ def test_a_faithful_world_serves_again_after_any_reload(data: st.DataObject) -> 
 
     while world.now.before is not None:
         world.at += data.draw(st.floats(0, 60))
-        hands: list[Event] = [DrainRequested(), ResumeRequested(), StepUpDue()]
+        hands: list[Event] = [DrainRequested(), ResumeRequested(), Heated(HOT), Cooled(), StepUpDue()]
         world.happens(data.draw(st.sampled_from(hands)))
         if world.engine is None:
             world.happens(PauseOver(world.pauses[-1].epoch))
