@@ -84,6 +84,19 @@ def test_an_engine_is_built_from_a_configuration() -> None:
     ).keys()
 
 
+def test_threads_of_an_ended_renderer_can_be_had_again() -> None:
+    """What vLLM's handlers have of them is an executor that takes work again after its end."""
+    from vllm.renderers import base
+
+    executor = base._SwappableExecutor(max_workers=1)
+    executor.shutdown()
+    executor.replace_inner()
+
+    assert 3 == executor.submit(lambda: 3).result(10)
+    assert "_SwappableExecutor(max_workers" in inspect.getsource(base.BaseRenderer.__init__)
+    executor.shutdown()
+
+
 def test_an_engine_is_ended_with_a_time_limit() -> None:
     """AsyncLLM and its core client take the seconds that a shutdown may last."""
     for owner in (AsyncLLM, core_client.MPClient):

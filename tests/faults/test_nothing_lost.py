@@ -186,3 +186,29 @@ def test_the_company_of_a_poison_request_is_answered(daemon: Callable[..., Daemo
     assert [[]] * 6 == [stream.errors for stream in streams]
     assert 1 == len({"".join(event["choices"][0]["text"] for event in stream.events) for stream in streams})
     assert (3, 0) == (fault.made, serving.status()["rung"])
+
+
+@pytest.mark.row("2e", "EngineCore killed under embeddings")
+def test_embeddings_are_run_again(daemon: Callable[..., Daemon], watch: Watch) -> None:
+    """They are delivered whole: one that an engine has taken along is asked of the next, and is as it would have been."""
+    serving = daemon({"engine": {"runner": "pooling", "convert": "embed"}}).wait_ready()
+
+    def ask() -> httpx.Response:
+        return serving.http.post("/v1/embeddings", json={"model": MODEL_NAME, "input": ["One", "Two"]})
+
+    whole = ask().json()["data"]
+    core = engine_processes(serving)[0]
+    core.send_signal(signal.SIGSTOP)
+    asked = serving.later(ask)
+    time.sleep(1)
+
+    core.send_signal(signal.SIGKILL)
+
+    answer = asked.result(120)
+    watch.note(serving)
+    assert 200 == answer.status_code, answer.text
+    assert [each["index"] for each in whole] == [each["index"] for each in answer.json()["data"]]
+    for before, after in zip(whole, answer.json()["data"], strict=True):
+        assert after["embedding"] == pytest.approx(before["embedding"], abs=1e-5)
+    assert 2 == serving.status()["engine_starts"]
+    assert 1.0 <= serving.metric('llm_serve_requests_total{outcome="replayed"}')

@@ -306,6 +306,8 @@ class Factory:
         await processes.kill_all([*living, *engine.processes], timeout_s=_KILL_TIMEOUT_S)
         with contextlib.suppress(Exception):
             engine.llm.shutdown(0)
+            # Requests that go on elsewhere began with this engine's threads, and end with them (embeddings, for one).
+            engine.llm.renderer._executor.replace_inner()  # noqa: SLF001 - vLLM's handlers hold it too
         await self._sweep(engine.folders)
 
     def close(self) -> None:
