@@ -6,6 +6,7 @@ not be judged here is said in a note, never passed over.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -65,7 +66,8 @@ def prepare_for_vllm() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # torch's MKL counts the cores by going to each of them. An engine on CPUs holds all but the last and never pauses:
     # on Linux 6.18 a visitor there was given 8 ms a minute.
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    with contextlib.suppress(OSError):  # a sandbox may forbid it; then the check may take longer
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def examine(target: str) -> Verdict:
