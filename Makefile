@@ -10,7 +10,7 @@ BIN     := $(VENV)/bin
 INSTALL := $(PYTHON) packaging/install --venv $(VENV) --backend $(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo faults test check lint types unit-verify format bench lock clean
+.PHONY: help setup dev demo faults test check lint types unit-verify format bench deb lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ lint: dev ## ruff: every rule that is on, and formatting
 
 types: dev ## mypy, strict
 	@$(BIN)/mypy
-	@$(BIN)/mypy --scripts-are-modules packaging/install packaging/lock
+	@$(BIN)/mypy --scripts-are-modules packaging/install packaging/lock packaging/man packaging/setup packaging/grafana/make-dashboard
 
 unit-verify: ## systemd-analyze verify of the shipped units
 	@packaging/verify-units
@@ -57,6 +57,10 @@ bench: dev ## measure against vLLM's own server: start, load, memory, idle CPU, 
 	@$(BIN)/python -m tests.bench.bench_serve $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_survivor $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_recovery $(BENCH_ARGS)
+
+deb: setup ## build the Debian package in dist/, with debhelper
+	@packaging/test-tools dh
+	@packaging/deb --python $(BIN)/python
 
 lock: dev ## resolve the locks anew (packaging/locks/README.md)
 	@$(BIN)/python packaging/lock --uv $(BIN)/uv

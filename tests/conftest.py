@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,19 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_environment() -> Iterator[None]:
-    """vLLM sets variables (LD_PRELOAD, OMP_*) in the process that asks it; later tests' programs must not inherit them."""
-    before = dict(os.environ)
+    """vLLM sets variables (LD_PRELOAD, OMP_*) in the process that asks it, and `check` keeps to one core.
+
+    Later tests' programs must inherit neither.
+    """
+    before, cpus = dict(os.environ), os.sched_getaffinity(0)
     yield
     os.environ.clear()
     os.environ.update(before)
+    os.sched_setaffinity(0, cpus)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_usual() -> None:
+    """Under nohup, SIGHUP is ignored, and whatever the tests start would ignore it too."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

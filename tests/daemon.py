@@ -132,7 +132,11 @@ class Daemon:
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command of `llm-serve` on its file, as its user does."""
-        command = [sys.executable, "-c", _CONSOLE_ENTRY, *words, str(self.file)]
+        return self.llm_serve(*words, str(self.file))
+
+    def llm_serve(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of `llm-serve`, as its user does."""
+        command = [sys.executable, "-c", _CONSOLE_ENTRY, *words]
         return subprocess.run(command, env=self._environ, check=False, capture_output=True, text=True, timeout=300)
 
     def rewrite(self, old: str, new: str) -> str:

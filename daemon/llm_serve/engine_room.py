@@ -13,6 +13,7 @@ from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.evidence import Failure
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.policy import NO_REQUEST
+from llm_serve.crew import Crew, Nobody
 from llm_serve.engine.factory import Engine, Factory, StartError
 from llm_serve.host import interpreter
 from llm_serve.host.logs import get_logger
@@ -21,6 +22,7 @@ from llm_serve.postmortem import Postmortem
 
 _CANCEL_S = 15.0
 _BURY_S = 5.0
+_ABORT_S = 5.0
 _COMPILING_AFTER_S = 5.0
 
 
@@ -42,7 +44,11 @@ class EngineRoom:
         self.engine: Engine | None = None
         self.app: Any = None
         """vLLM's HTTP application, from the first engine on."""
-        self._survivor: Any = None
+        self.crew: Crew = Nobody()
+        """The front ends beside this process."""
+        self.survivor: Any = None
+        """From the first engine on."""
+        self._lost = 0
         self._progress = stall.Progress()
         self._building: asyncio.Task[None] | None = None
         self._burying: asyncio.Task[None] | None = None
@@ -70,8 +76,9 @@ class EngineRoom:
 
     def cut_requests(self, why: str) -> None:
         """End every request with an error that says why."""
-        if self._survivor is not None:
-            self._survivor.end(why)
+        self.crew.cut(why)
+        if self.survivor is not None:
+            self.survivor.end(why)
 
     async def stop(self) -> None:
         """End whatever there is of an engine. No other follows."""
@@ -85,6 +92,18 @@ class EngineRoom:
         await self._stop_engine()
         await self._factory.kill_rest()
         self._say(machine.EngineStopped())
+
+    async def abort_requests_of(self, place: int) -> None:
+        """Have the engine give up the requests of a front end that is gone."""
+        from llm_serve.engine import orphans
+
+        if (engine := self.engine) is None:
+            return
+        try:
+            number = await asyncio.wait_for(orphans.abort_requests_of(engine.llm, place), _ABORT_S)
+            get_logger().info("what a front end has left in the engine is given up", front_end=place, requests=number)
+        except Exception as error:  # noqa: BLE001 - an engine that is dying, too, whose end ends them
+            get_logger().warning("the engine did not give up requests", front_end=place, error=repr(error))
 
     async def stalled_for_s(self, engine: Engine) -> float:
         """Seconds without a step that got anywhere; a compiler at work counts as one."""
@@ -103,8 +122,10 @@ class EngineRoom:
         try:
             with interpreter.loop_first():
                 self.engine = await self._factory.build(plan, epoch, **limits)
+                self.crew.bind(epoch, self.engine.tasks, self.engine.steps)
                 await self._bind(self.engine, instance)
         except (ConfigError, HostError, StartError) as error:
+            self.crew.unbind(epoch)
             self._failed(epoch, await self.postmortem.of_start(error))
         except Exception as error:  # noqa: BLE001 - the engine runs, but vLLM's handlers do not take it
             get_logger().error("binding the engine failed", exc_info=error)
@@ -119,16 +140,17 @@ class EngineRoom:
         from llm_serve.engine import openai
         from llm_serve.engine.survivor import Survivor
 
-        if self._survivor is None:
-            self._survivor = Survivor(self.found_dead)
-        self._survivor.attach(engine.llm)
+        if self.survivor is None:
+            self.survivor = Survivor(self.found_dead, self.crew.company)
+            self.survivor.on_ban = self.crew.ban
+        self.survivor.attach(engine.llm)
         if self.app is None:
             self.app = await asyncio.to_thread(
                 openai.build_app, engine.args, engine.tasks, engine.llm.model_config, instance.routes
             )
-        await openai.bind(self.app, self._survivor, engine.args, engine.tasks)
+        await openai.bind(self.app, self.survivor, engine.args, engine.tasks)
         metrics.continuous.observe()
-        self._survivor.bind(engine.llm, engine.epoch)
+        self.survivor.bind(engine.llm, engine.epoch)
 
     def _failed(self, epoch: int, failure: Failure) -> None:
         self._say(machine.EngineFailed(epoch, failure, self._factory.built))
@@ -141,8 +163,10 @@ class EngineRoom:
 
         async def bury() -> None:
             failure = await explain(postmortem, engine)
-            if self._survivor is not None:
-                self._survivor.explain(may_be_a_request=failure.kind not in NO_REQUEST)
+            may_be_a_request = failure.kind not in NO_REQUEST
+            everywhere = self.crew.judge(self._lost, may_be_a_request=may_be_a_request)
+            if self.survivor is not None:
+                self.survivor.explain(may_be_a_request=may_be_a_request, everywhere=everywhere)
             self._failed(epoch, failure)
 
         self._burying = self._spawn(bury())
@@ -161,11 +185,13 @@ class EngineRoom:
             return None
         self.engine = None
         metrics.continuous.engine_ended()
-        if self._survivor is not None:
-            self._survivor.unbind()
+        if self.survivor is not None:
+            self._lost = self.survivor.unbind()
+        self.crew.unbind(epoch)
         return engine
 
     async def _stop_engine(self) -> None:
         if (engine := self.engine) is not None:
             self.engine = None
+            self.crew.unbind(engine.epoch)
             await self._factory.stop(engine)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from llm_serve.core.evidence import Kind
 from llm_serve.core.machine import State
 from llm_serve.core.status import Snapshot
 from llm_serve.core.telemetry import THROTTLE_REASONS, Reading
@@ -24,10 +26,17 @@ _HOLD_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
+_START_REASONS = ("start", "reload", "step_up", *Kind)
+
 engine_starts = Counter("llm_serve_engine_starts", "Engine starts by reason: start, or the failure before.", ["reason"])
 engine_failures = Counter(
     "llm_serve_engine_failures", "Engines that died or did not start, by kind of failure.", ["kind"]
 )
+# A counter that begins at 1 has never risen, as Prometheus sees it: the first failure would raise no alarm.
+for _reason in _START_REASONS:
+    engine_starts.labels(_reason)
+for _kind in Kind:
+    engine_failures.labels(_kind)
 recovery_seconds = Histogram(
     "llm_serve_recovery_seconds",
     "From the failure of an engine to the first token of the next.",
@@ -81,6 +90,14 @@ class SnapshotCollector:
             "Seconds since a step of the engine last got anywhere.",
             now.seconds_since_engine_step,
         )
+        yield _gauge(
+            "llm_serve_engine_stalled_seconds",
+            "Seconds for which the engine has had work and no step got anywhere; 0 without work.",
+            now.engine_stalled_s,
+        )
+        yield _gauge("llm_serve_requests_in_flight", "Requests that have come and not ended.", now.requests_in_flight)
+        yield _gauge("llm_serve_max_queued", "Requests that may wait at the gate.", now.max_queued)
+        yield _gauge("llm_serve_front_ends", "Processes that answer HTTP.", max(1, len(now.front_ends)))
         yield _gauge(
             "llm_serve_start_progress_ratio",
             "How far the engine's start has come; 1 when it serves.",
@@ -144,7 +161,7 @@ def _of_gpus(gpus: Sequence[Reading]) -> Iterator[Metric]:
 _OF_THE_FIRST_TOKEN = ("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:request_success")
 
 
-class Continuous:
+class Continuous(Collector):
     """A registry in which vLLM's counters go on where the last engine's ended.
 
     Each engine starts them at zero, which Prometheus would take for a restart of the process and graph as a burst.
@@ -154,8 +171,8 @@ class Continuous:
 
     def __init__(self, inner: prometheus_client.CollectorRegistry) -> None:
         self._inner = inner
-        self._last: dict[_Series, float] = {}
-        self._before: dict[_Series, float] = {}
+        self._last: dict[Series, float] = {}
+        self._before: dict[Series, float] = {}
         self._twice: dict[str, float] = {}
 
     def counted_before(self, family: str, amount: float) -> None:
@@ -186,34 +203,35 @@ class Continuous:
 
     def _note_new_engine(self, family: Metric) -> None:
         """One value that is smaller than before means that all of the family began anew."""
-        if any(sample.value < self._last.get(_series(sample), 0.0) for sample in family.samples):
-            for series in map(_series, family.samples):
+        if any(sample.value < self._last.get(series_of(sample), 0.0) for sample in family.samples):
+            for series in map(series_of, family.samples):
                 self._before[series] = self._before.get(series, 0.0) + self._last.pop(series, 0.0)
         if self._twice.get(family.name):
             self._leave_out(family)
-        self._last |= {_series(sample): sample.value for sample in family.samples}
+        self._last |= {series_of(sample): sample.value for sample in family.samples}
 
     def _leave_out(self, family: Metric) -> None:
         """Take what is counted twice out of what has been added since the last look; the sum never falls."""
         for sample in family.samples:
-            series = _series(sample)
+            series = series_of(sample)
             added = sample.value - self._last.get(series, 0.0)
             twice = min(added, self._twice[family.name]) if sample.name == f"{family.name}_total" else 0.0
             self._before[series] = self._before.get(series, 0.0) - twice
             self._twice[family.name] -= twice
 
     def _carried_on(self, sample: Sample) -> Sample:
-        return sample._replace(value=sample.value + self._before.get(_series(sample), 0.0))
+        return sample._replace(value=sample.value + self._before.get(series_of(sample), 0.0))
 
 
-def _series(sample: Sample) -> _Series:
+def series_of(sample: Sample) -> Series:
+    """What tells one value of a family from the others."""
     return sample.name, tuple(sorted(sample.labels.items()))
 
 
-_Series = tuple[str, tuple[tuple[str, str], ...]]
+Series = tuple[str, tuple[tuple[str, str], ...]]
 continuous = Continuous(prometheus_client.REGISTRY)
 
 
-def render() -> bytes:
+def render(registry: Collector = continuous) -> bytes:
     """Everything in the registry in Prometheus's text format."""
-    return prometheus_client.generate_latest(continuous)
+    return prometheus_client.generate_latest(registry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,7 @@ class Postmortem:
             return await self._conclude(Evidence(), failure if known else Failure(Kind.host_limit, str(error)))
         evidence = error.evidence if isinstance(error, StartError) else self._collector.evidence(error)
         evidence = await asyncio.to_thread(self._witnesses.testify, evidence)
-        await self.wait_for_memory()
-        return await self._conclude(evidence)
+        return await self._conclude(await self._without_remains(evidence))
 
     async def of_death(self, engine: Engine) -> Failure:
         """An engine that was found dead."""
@@ -76,8 +76,14 @@ class Postmortem:
         evidence = self._collector.evidence(since=since, has_served=True, **more)
         evidence = await asyncio.to_thread(self._witnesses.testify, evidence)
         await self._factory.kill(engine)
+        return await self._conclude(await self._without_remains(evidence, engine))
+
+    async def _without_remains(self, evidence: Evidence, engine: Engine | None = None) -> Evidence:
+        """When nothing of the engine is left, its processes and its memory; what stays has become evidence."""
+        if unkillable := await self._factory.remains(engine):
+            return replace(evidence, unkillable=unkillable)
         await self.wait_for_memory()
-        return await self._conclude(evidence)
+        return evidence
 
     async def wait_for_memory(self) -> None:
         """The next engine measures what is free: the last one's memory must be back by then."""
@@ -117,6 +123,7 @@ def _fields(failure: Failure, evidence: Evidence) -> dict[str, Any]:
         "xids": ", ".join(map(str, evidence.xids)),
         "kernel_log": "\n".join(evidence.kernel_log),
         "gpu_holders": "; ".join(map(str, evidence.gpu_holders)),
+        "unkillable": "; ".join(evidence.unkillable),
         "output": "\n".join(evidence.output_tail),
     }
     return {name: value for name, value in fields.items() if value}

@@ -8,10 +8,11 @@ import os
 import random
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_serve import __version__, metrics
 from llm_serve.core import guard, machine, stall
+from llm_serve.core.admission import Load
 from llm_serve.core.course import Course, Floors
 from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.fallbacks import AUTO_BACKENDS
@@ -19,7 +20,8 @@ from llm_serve.core.machine import State
 from llm_serve.core.policy import Choices
 from llm_serve.core.progress import SERVING, Phase
 from llm_serve.core.settings import Settings
-from llm_serve.core.status import Snapshot
+from llm_serve.core.status import FrontEndStatus, Snapshot
+from llm_serve.crew import Entrance
 from llm_serve.engine.evidence import Collector
 from llm_serve.engine.factory import Factory, Origin
 from llm_serve.engine_room import EngineRoom
@@ -27,7 +29,10 @@ from llm_serve.host import boot, processes
 from llm_serve.host.logs import get_logger
 from llm_serve.host.systemd import Notifier
 from llm_serve.instance import Host, Instance, installed_vllm, ready_host
-from llm_serve.web.gate import Gate
+
+if TYPE_CHECKING:
+    from llm_serve.engine.steps import StepWatch
+    from llm_serve.front_ends import FrontEnds
 
 _WATCH_EVERY_S = 0.5
 _EXTEND_EVERY_S, _EXTEND_BY_S = 2.5, 30.0
@@ -64,17 +69,30 @@ class Supervisor:
         self._bug: BaseException | None = None
         self._host: Host | None = None
         self._looked_at = self._busy_at = time.monotonic()
-        self.gate: Gate | None = None
+        self._stalled_s = 0.0
+        self.gate: Entrance | None = None
+        self._front_ends: Callable[[], tuple[FrontEndStatus, ...]] = tuple
+        self._load: Callable[[StepWatch], Load] = lambda steps: steps.load
         self.on_change: Callable[[Instance], None] = lambda _: None
         """Called when another reading of the file counts from now on."""
+        self._on_news: Callable[[Snapshot], None] = lambda _: None
         self.reload_failed: str | None = None
         """Why the last reload changed nothing, for people to see."""
+
+    def join(self, front_ends: FrontEnds) -> None:
+        """Serve with several front ends, of which this process has one."""
+        self.gate = self._room.crew = front_ends
+        self._front_ends, self._on_news = front_ends.status, front_ends.tell
+        self._load = lambda _: front_ends.load
+        self._factory.party, front_ends.spared = front_ends.party, self._factory.spared
+        front_ends.found_dead, front_ends.abort = self._room.found_dead, self._room.abort_requests_of
+        self._spawn(front_ends.run(lambda: self._room.survivor, lambda: self._factory.environ))
 
     # What others may read or say.
     def snapshot(self) -> Snapshot:
         """The instance as it is now."""
         now, settings, engine = self._situation, self._instance.settings, self._room.engine
-        phase = self._phase()
+        phase, load = self._phase(), self._load(engine.steps) if engine else None
         return Snapshot(
             instance=settings.name,
             model=settings.model,
@@ -95,17 +113,25 @@ class Supervisor:
             steps=tuple(step.reason for step in now.course.steps),
             max_model_len=self._factory.built.max_model_len,
             max_num_seqs=self._factory.built.max_num_seqs,
+            asked=dict(now.course.asked.to_json()),
             engine_starts=now.epoch,
             last_failure=str(now.last_failure) if now.last_failure else None,
             failures=self._host.postmortem.last if self._host else (),
             seconds_since_engine_step=self._seconds_since_step(),
+            engine_stalled_s=round(self._stalled_s, 3) if engine else 0.0,
+            max_queued=settings.server.max_queued,
             requests_held=self.gate.held if self.gate else 0,
             requests_in_flight=self.gate.in_flight if self.gate else 0,
+            requests_running=load.running if load else 0,
+            requests_waiting=load.waiting if load else 0,
+            kv_cache_usage=round(load.kv_cache_usage, 4) if load else None,
             is_drained=now.is_drained,
             too_hot=now.too_hot,
             reload_failed=self.reload_failed,
+            engine_network=str(self._factory.network),
             engine_pids=tuple(process.pid for process in engine.processes) if engine else (),
             memory_bytes=processes.resident_bytes(),
+            front_ends=self._front_ends(),
             gpus=self._host.telemetry.readings() if self._host else (),
             engine_arguments=dict(now.course.plan.to_json()),
         )
@@ -185,11 +211,12 @@ class Supervisor:
 
     async def _run(self, architectures: list[str]) -> int:
         try:
-            boot.check_host(os.environ)
-            self._factory.prepare(self._instance.plan, architectures)
+            boot.check_host(os.environ, self._instance.settings.server.allow_env)
+            if not self._instance.asks_driver:
+                self._factory.prepare(self._instance.plan, architectures)
         except (ConfigError, HostError) as error:
             return self._end(machine.Exit(error.exit_status, str(error)))
-        self._spawn(self._wait_for_host())
+        self._spawn(self._wait_for_host(architectures))
         while True:
             event = await self._events.get()
             before = self._situation
@@ -203,11 +230,12 @@ class Supervisor:
                     return self._end(order)
                 await self._carry_out(order)
 
-    async def _wait_for_host(self) -> None:
+    async def _wait_for_host(self, architectures: list[str]) -> None:
         """GPUs first, then what was learned on them."""
         tell = lambda why: self._events.put_nowait(machine.HostWaits(why))  # noqa: E731 - one expression, used once
         try:
             self._host = await ready_host(self._instance, self._factory, self._collector, tell)
+            self._factory.prepare(self._instance.plan, architectures)
         except (ConfigError, HostError) as error:
             self._events.put_nowait(machine.HostMissing(error.exit_status, str(error)))
         else:
@@ -226,7 +254,7 @@ class Supervisor:
             get_logger().warning("the larger plan has failed again", rung=now.course.rung, why=now.why)
         if now.state is not before.state:
             get_logger().info(f"{before.state} -> {now.state}", state=now.state.value, why=now.why, epoch=now.epoch)
-        self._notifier.status(self.snapshot().line)
+        self._say_what_is()
         self._heard += 1
         self._turn.set()
         self._turn = asyncio.Event()
@@ -236,6 +264,7 @@ class Supervisor:
         match order:
             case machine.StartEngine(epoch, reason, plan):
                 metrics.engine_starts.labels(reason).inc()
+                self._stalled_s = 0.0
                 self._room.build(epoch, plan, self._instance)
             case machine.Remember(course) if self._host is not None:
                 await self._host.memory.remember(course)
@@ -256,7 +285,7 @@ class Supervisor:
             case machine.StopEngine():
                 self._spawn(self._room.stop())
 
-    def _open_gate(self, gate: Gate) -> None:
+    def _open_gate(self, gate: Entrance) -> None:
         """As wide as the engine's batch; from now on the gate knows of every step."""
         slots, engine = self._factory.built.max_num_seqs, self._room.engine
         if engine is not None:
@@ -264,7 +293,7 @@ class Supervisor:
             slots = slots and slots * (engine.args.data_parallel_size or 1)
         gate.open(self._room.app, slots)
 
-    def _close_gate(self, gate: Gate, *, refuse: bool) -> None:
+    def _close_gate(self, gate: Entrance, *, refuse: bool) -> None:
         if not refuse:
             return gate.hold()
         self._notifier.stopping()
@@ -294,10 +323,10 @@ class Supervisor:
                 continue
             if engine.is_dead:
                 self._room.found_dead(engine.epoch)
-            elif (
-                stalled_s := await self._room.stalled_for_s(engine)
-            ) > self._instance.settings.recovery.stall_timeout_s:
-                self._room.found_stalled(engine.epoch, stalled_s)
+                continue
+            self._stalled_s = await self._room.stalled_for_s(engine)
+            if self._stalled_s > self._instance.settings.recovery.stall_timeout_s:
+                self._room.found_stalled(engine.epoch, self._stalled_s)
             elif self._situation.state is State.serving:
                 self._look_up()
 
@@ -322,13 +351,13 @@ class Supervisor:
             self._busy_at = time.monotonic()
             self._events.put_nowait(machine.StepUpDue())
 
-    def _begin_drain(self, gate: Gate) -> None:
+    def _begin_drain(self, gate: Entrance) -> None:
         """A stop in the middle of a reload has the whole drain time, whatever of the reload's has passed."""
         if self._draining is not None:
             self._draining.cancel()
         self._draining = self._spawn(self._drain(gate))
 
-    async def _drain(self, gate: Gate) -> None:
+    async def _drain(self, gate: Entrance) -> None:
         timeout_s = self._instance.settings.server.drain_timeout_s
         deadline = time.monotonic() + timeout_s
         while gate.in_flight > gate.held and self._room.engine is not None:
@@ -345,11 +374,16 @@ class Supervisor:
         while True:
             if self._is_in_order():
                 self._notifier.alive()
-            self._notifier.status(self.snapshot().line)
+            self._say_what_is()
             if self._situation.state in machine.HOLDING and (phase := self._phase()) != last:
                 last = phase
                 get_logger().info(f"{phase.name}, {phase.ratio:.0%}", state=self._situation.state.value)
             await asyncio.sleep(pause_s)
+
+    def _say_what_is(self) -> None:
+        now = self.snapshot()
+        self._notifier.status(now.line)
+        self._on_news(now)
 
     def _is_in_order(self) -> bool:
         """False when a rule of this class is broken, so that systemd ends us: the watch sleeps, or a hang goes on."""

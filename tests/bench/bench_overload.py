@@ -21,8 +21,8 @@ from typing import Any
 
 import aiohttp
 
+from llm_serve.core.figures import percentile
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
-from tests.bench.load import percentile
 from tests.daemon import ENGINE, MODEL_NAME, Daemon
 
 _FEWEST_TOKENS, _SPREAD = 30, 41

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llm_serve.core.figures import percentile
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
 from tests.bench import load, servers
 
@@ -39,10 +40,11 @@ def measure(start: Callable[..., Any], model: Path, cache: Path, *, is_ours: boo
             seen = asyncio.run(
                 load.run(running.url, servers.MODEL_NAME, streams=streams, requests=count, tokens=_TOKENS)
             )
-            assert not seen.errors, f"{seen.errors} of {count} requests failed"
-            figures[f"requests_per_s@{streams}"] = seen.per_second
-            figures[f"ttft_p50_ms@{streams}"] = load.percentile(seen.first_token_s, 0.50) * 1000
-            figures[f"ttft_p99_ms@{streams}"] = load.percentile(seen.first_token_s, 0.99) * 1000
+            assert not seen.errors, f"of {count} requests: {seen.errors}"
+            assert seen.answered == count
+            figures[f"requests_per_s@{streams}"] = seen.requests_per_s
+            figures[f"ttft_p50_ms@{streams}"] = (seen.ttft_s.p50 or 0.0) * 1000
+            figures[f"ttft_p99_ms@{streams}"] = (seen.ttft_s.p99 or 0.0) * 1000
         figures["server_process_mib"] = running.resident_mib()
         figures["idle_cpu_percent"] = running.cpu_share(15) * 100
         if is_ours:
@@ -59,7 +61,7 @@ def _under_load(url: str) -> Figures:
         return {"metrics": metrics, "readyz": ready}
 
     seen = asyncio.run(both())
-    return {f"{path}_p99_under_load_ms": load.percentile(took, 0.99) * 1000 for path, took in seen.items()}
+    return {f"{path}_p99_under_load_ms": percentile(took, 0.99) * 1000 for path, took in seen.items()}
 
 
 def while_loading(model: Path, cache: Path) -> Figures:
@@ -92,7 +94,7 @@ def while_loading(model: Path, cache: Path) -> Figures:
             pass
     finally:
         servers._first_token = original
-    figures = {f"{path}_p99_while_loading_ms": load.percentile(took, 0.99) * 1000 for path, took in seen.items()}
+    figures = {f"{path}_p99_while_loading_ms": percentile(took, 0.99) * 1000 for path, took in seen.items()}
     return figures | {f"{path}_samples_while_loading": float(len(took)) for path, took in seen.items()}
 
 

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.config import ParallelConfig
+
 from llm_serve.cli.check import check
 from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.plan import EnginePlan
@@ -188,12 +190,17 @@ def test_a_refusal_of_the_parser_is_one_line_in_the_files_own_words(values: dict
         ({"max_model_len": 99_999}, "Set it to 4096 or less"),
         ({"max_num_seqs": 0}, "a.toml:3: engine.max_num_seqs: must be greater than or equal to 1, not 0"),
         ({"gpu_memory_utilization": 1.5}, "a.toml:3: engine.gpu_memory_utilization: must be less than"),
-        ({"quantization": "foo"}, "a.toml:3: engine.quantization: Unknown quantization method"),
         ({"tensor_parallel_size": 3}, "a.toml:3: engine.tensor_parallel_size: Total number"),
+        (
+            {"tensor_parallel_size": 2, "numa_bind": True, "numa_bind_nodes": [0]},
+            "a.toml:5: engine.numa_bind_nodes: numa_bind_nodes is too short: it has 1 of the 2 entries",
+        ),
+        (
+            {"numa_bind_nodes": [0]},
+            "a.toml:3: engine.numa_bind_nodes: numa_bind_nodes and numa_bind_cpus require numa_bind=True",
+        ),
         ({"max_num_batched_tokens": 64, "max_num_seqs": 128}, "a.toml:3: engine.max_num_batched_tokens"),
-        ({"attention_backend": "FOO"}, "a.toml:3: engine.attention_backend: Unknown attention backend"),
         ({"speculative_config": {"x": 1}}, "a.toml:3: engine.speculative_config.x: Unexpected keyword"),
-        ({"load_format": "foo"}, "a.toml:3: engine.load_format: Load format `foo` is not supported"),
     ],
 )
 def test_what_no_engine_can_be_made_of_is_a_problem_with_a_line(
@@ -203,6 +210,41 @@ def test_what_no_engine_can_be_made_of_is_a_problem_with_a_line(
     (problem,) = config_refusals(values, model)
 
     assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "words"),
+    [
+        ("attention_backend", "TRITON_ATN", "vLLM has no TRITON_ATN. Did you mean TRITON_ATTN?"),
+        ("load_format", "gguf", "vLLM has no gguf. It has auto, dummy, "),
+        ("quantization", "bitsandbytes", "vLLM has no bitsandbytes. It has "),
+    ],
+)
+def test_names_that_vllm_looks_up_late_are_refused_before_anything_is_downloaded(
+    option: str, name: str, words: str
+) -> None:
+    """The model need not be here. What this vLLM has, in any case that it takes, passes."""
+    with pytest.raises(ConfigError) as caught:
+        parse({option: name}, "org/elsewhere")
+    assert f"a.toml:3: engine.{option}: {words}" in str(caught.value)
+
+    parse({"attention_backend": "triton_attn", "load_format": "safetensors", "quantization": "awq"}, "org/elsewhere")
+    parse({"attention_backend": "auto"}, "org/elsewhere")
+
+
+def test_more_processes_than_gpus_are_a_problem_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own count on a machine with one GPU, which is made up here."""
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cuda", lambda: True)
+    monkeypatch.setattr("vllm.platforms.current_platform.device_count", lambda: 1)
+    report = arguments._report("a.toml", text_of({"seed": 1, "tensor_parallel_size": 2}))
+
+    with pytest.raises(ConfigError) as caught, report.refusals():
+        ParallelConfig(tensor_parallel_size=2)
+
+    assert (
+        "a.toml:4: engine.tensor_parallel_size: World size (2) is larger than the number of available GPUs (1) in this "
+        "node. Lower the parallel sizes, or name more GPUs in gpu.devices"
+    ) == str(caught.value)
 
 
 def test_a_sound_plan_gives_the_limits_that_really_hold(model: Path) -> None:

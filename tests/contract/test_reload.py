@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from llm_serve.cli import control
 from llm_serve.cli.reload import reload
-from llm_serve.core.reload import OF_THE_APPLICATION, OF_THE_MODEL
+from llm_serve.core.reload import OF_THE_APPLICATION, OF_THE_GPUS, OF_THE_MODEL
 from llm_serve.engine import arguments
 
 pytestmark = pytest.mark.vllm
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.vllm
 
 def test_every_argument_that_needs_a_restart_is_vllms() -> None:
     """An argument that vLLM has renamed must not slip out of the list."""
-    named = {name.removeprefix("engine.") for name in OF_THE_APPLICATION | OF_THE_MODEL}
+    named = {name.removeprefix("engine.") for name in OF_THE_APPLICATION | OF_THE_MODEL | OF_THE_GPUS}
 
-    assert set() == named - set(arguments._options())
+    assert set() == named - set(arguments.known_options())
 
 
 def test_what_vllm_refuses_is_not_offered(

@@ -6,6 +6,7 @@ When a new vLLM breaks one of these, the test names it; without them the first e
 from __future__ import annotations
 
 import ast
+import asyncio
 import copy
 import dataclasses
 import importlib
@@ -36,12 +37,16 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from llm_serve.core import progress
+from llm_serve.core.errors import ConfigError
 from llm_serve.engine import (
+    attach,
     factory,
     forkserver,
     media_cache,
     openai,
     openai_routes,
+    orphans,
+    pieces,
     resume,
     startup_plans,
     survivor,
@@ -67,10 +72,25 @@ def imported_names() -> Iterator[tuple[str, str]]:
                 yield from ((node.module or "", alias.name) for alias in node.names)
 
 
+def has(module: str, name: str) -> bool:
+    """Whether a module has a name; of one whose compiled part another build has, whether its source defines it."""
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError:
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            return False
+        defined = (ast.ClassDef, ast.FunctionDef)
+        return name in {
+            node.name for node in ast.parse(Path(spec.origin).read_text()).body if isinstance(node, defined)
+        }
+    return hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}") is not None
+
+
 @pytest.mark.parametrize(("module", "name"), sorted(set(imported_names())))
 def test_every_name_that_is_imported_is_there(module: str, name: str) -> None:
     """Imports inside functions fail only when they are run; here all of them are tried."""
-    assert hasattr(importlib.import_module(module), name)
+    assert has(module, name)
 
 
 # AsyncLLM, as the factory uses it.
@@ -444,10 +464,15 @@ def test_the_list_keeps_something_out(arguments: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_web_page_may_talk_to_the_model_by_default(arguments: Any) -> None:
-    """The default of vLLM allows every origin; ours allows none, and an explicit one is kept."""
-    openai.build_app(arguments, ("generate",), None, frozenset())
+    """Who may is asked before the gate; vLLM's own place for it is left out, and its default is nobody as well."""
+    from starlette.middleware.cors import CORSMiddleware
+    from vllm.entrypoints.launchers.app import build_app
+
+    ours = openai.build_app(arguments, ("generate",), None, frozenset())
 
     assert [] == arguments.allowed_origins
+    assert CORSMiddleware in {each.cls for each in build_app(arguments, ("generate",), None).user_middleware}
+    assert CORSMiddleware not in {each.cls for each in ours.user_middleware}
 
 
 # Metrics.
@@ -539,3 +564,171 @@ def test_the_daemon_keeps_the_images_that_its_engines_have(
         item = cache.get_and_update_item(None, "black")[0]
         cache.close()
     assert keeps_data == resume.is_repeatable({"mm_kwargs": {"image": [item]}})
+
+
+def test_an_engine_is_started_for_all_front_ends_and_their_clients_can_be_numbered() -> None:
+    """The first client starts it, with addresses that can be added to; the others are given theirs."""
+    from vllm.v1.engine.utils import EngineZmqAddresses
+
+    assert ["vllm_config", "executor_class", "log_stats", "addresses"] == list(
+        parameters(core_client.launch_core_engines)
+    )
+    assert {"inputs", "outputs"} <= {each.name for each in dataclasses.fields(EngineZmqAddresses)}
+    assert {"client_addresses", "client_count", "client_index"} <= parameters(AsyncLLM.from_vllm_config).keys()
+    source = inspect.getsource(core_client.MPClient.__init__)
+    assert (
+        "with launch_core_engines(\n                    vllm_config, executor_class, log_stats, addresses\n" in source
+    )
+    for name in ("input_address", "output_address", "input_listener", "self._apply_ready_response(payload)"):
+        assert name in source
+
+
+def test_the_offer_is_made_at_the_start_and_nothing_stays_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each place has two addresses of its own, and what the engine says of itself is kept."""
+    import pickle
+
+    started: list[Any] = []
+    monkeypatch.setattr(core_client, "launch_core_engines", lambda *given: started.append(given))
+    launch, apply = core_client.launch_core_engines, core_client.MPClient._apply_ready_response
+    offers: list[tuple[int, bytes]] = []
+    party = attach.Party(3, lambda epoch, offer: offers.append((epoch, offer)))
+    addresses = SimpleNamespace(inputs=["ipc:///first"], outputs=["ipc:///out"])
+
+    with party.invited(7, {"a": "config"}, SimpleNamespace(port=1), {"X": "1"}):  # type: ignore[arg-type]
+        core_client.launch_core_engines("config", "executor", True, addresses)
+
+    (epoch, pickled) = offers[0]
+    offer = pickle.loads(pickled)
+    assert (7, {"a": "config"}, {"X": "1"}) == (epoch, offer.config, offer.env)
+    assert [requests for requests, _ in offer.addresses] == addresses.inputs[1:]
+    assert [answers for _, answers in offer.addresses] == addresses.outputs[1:]
+    assert 8 == len(set(addresses.inputs + addresses.outputs))
+    assert [("config", "executor", True, addresses)] == started
+    assert (launch, apply) == (core_client.launch_core_engines, core_client.MPClient._apply_ready_response)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ipc", "told"),
+    [(1, "direct_rpc", None), (2, "direct_rpc", "data_parallel_size"), (1, "torch_shm", "mm_tensor_ipc")],
+)
+def test_an_engine_that_cannot_be_shared_is_refused(parallel: int, ipc: str, told: str | None) -> None:
+    """In words, before anything is started; a cache that is between one client and its engine is exchanged."""
+    from vllm.config import MultiModalConfig, ParallelConfig
+
+    media = MultiModalConfig(mm_tensor_ipc=ipc, mm_processor_cache_type="shm")
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_size=parallel),
+        model_config=SimpleNamespace(multimodal_config=media),
+    )
+    assert "data_parallel_size" in {each.name for each in dataclasses.fields(ParallelConfig)}
+
+    if told is None:
+        attach.check(config, "x.toml")
+        assert "lru" == media.mm_processor_cache_type
+    else:
+        with pytest.raises(ConfigError, match=told):
+            attach.check(config, "x.toml")
+
+
+async def test_a_client_meets_an_engine_that_comes_before_or_after_it_or_for_the_second_time() -> None:
+    """It is not waited for in vLLM's constructor; vLLM's own greeting may have been said, or not."""
+    import tempfile
+
+    import zmq
+    import zmq.asyncio
+    from vllm.utils.network_utils import make_zmq_listener, make_zmq_socket
+    from vllm.v1.engine import EngineCoreRequestType
+
+    with tempfile.TemporaryDirectory() as folder, zmq.Context() as engines:
+        address = f"ipc://{folder}/real"
+        engine = make_zmq_socket(engines, address, zmq.DEALER, identity=attach._ENGINE, bind=False, linger=0)
+        engine.send(b"READY")
+        for turn in range(2):
+            listener = make_zmq_listener(f"{address}-{turn}", zmq.ROUTER)
+            context = zmq.asyncio.Context()
+            with attach._greeted(listener.address):
+                router = make_zmq_socket(context, listener.address, zmq.ROUTER, bind=True, listener=listener.socket)
+                assert [attach._ENGINE, b""] == zmq.Socket.shadow(router.underlying).recv_multipart()
+            llm = SimpleNamespace(engine_core=SimpleNamespace(input_socket=router))
+            client = attach.Client(llm, SimpleNamespace(), SimpleNamespace(), address)  # type: ignore[arg-type]
+
+            await asyncio.wait_for(attach.meet(client), 10)
+
+            assert [EngineCoreRequestType.WAKEUP.value, b"\xc0"] == engine.recv_multipart()
+            await router.send_multipart((attach._ENGINE, b"a request"))
+            assert [b"a request"] == engine.recv_multipart()
+            router.close(linger=0)
+            context.term()
+            await asyncio.to_thread(lambda: None)
+        engine.close()
+
+
+def test_what_is_sent_to_meet_an_engine_is_taken_no_notice_of() -> None:
+    """EngineCore's input thread decodes what follows, and its loop returns at once."""
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    assert MsgpackDecoder().decode(b"\xc0") is None
+    source = inspect.getsource(EngineCoreProc._handle_client_request)
+    assert "if request_type == EngineCoreRequestType.WAKEUP:\n            return\n" in source
+
+
+def test_an_engine_gives_up_the_requests_of_one_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler knows whose each is, and vLLM's client calls the method by its name."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.request import Request
+
+    monkeypatch.setattr(EngineCore, orphans.METHOD, None, raising=False)
+    orphans.install()
+    aborted: list[list[str]] = []
+    requests = {name: SimpleNamespace(client_index=index) for name, index in (("a", 1), ("b", 2), ("c", 1))}
+    engine = SimpleNamespace(scheduler=SimpleNamespace(requests=requests), abort_requests=aborted.append)
+
+    assert 2 == getattr(EngineCore, orphans.METHOD)(engine, 1)
+    assert 0 == getattr(EngineCore, orphans.METHOD)(engine, 3)
+    assert [["a", "c"]] == aborted
+    assert "self.requests: dict[str, Request]" in inspect.getsource(Scheduler.__init__)
+    assert "client_index" in parameters(Request.__init__)
+    assert ["self", "method", "args"] == list(parameters(core_client.AsyncMPClient.call_utility_async))
+
+
+def test_pieces_of_answers_are_the_same_without_the_check_for_unknown_fields() -> None:
+    """In what they say and in what they refuse; requests keep the check."""
+    from pydantic import ValidationError
+    from vllm.entrypoints.generate.base.protocol import DeltaMessage, DeltaToolCall
+    from vllm.entrypoints.openai.chat_completion import protocol as chat
+    from vllm.entrypoints.openai.completion import protocol as completion
+
+    class Cited(DeltaMessage):  # type: ignore[misc]  # as vLLM derives one
+        citations: list[int] | None = None
+
+    def made() -> list[str]:
+        deltas = (
+            DeltaMessage(content="one"),
+            DeltaMessage(role="assistant", tool_calls=[DeltaToolCall(index=0)]),
+            Cited(content="two", citations=[1]),
+        )
+        answers = [
+            chat.ChatCompletionStreamResponse(
+                id="1", created=1, model="m", choices=[chat.ChatCompletionResponseStreamChoice(index=0, delta=delta)]
+            )
+            for delta in deltas
+        ]
+        choice = completion.CompletionResponseStreamChoice(index=0, text="three", finish_reason="stop")
+        answers.append(completion.CompletionStreamResponse(id="1", created=1, model="m", choices=[choice], unknown=[4]))
+        return [piece.model_dump_json(exclude_unset=True) for piece in answers]
+
+    before = made()
+    pieces.install()
+    pieces.install()
+
+    assert before == made()
+    assert '"citations":[1]' in before[2]
+    assert '"unknown":[4]' in before[3]
+    with pytest.raises(ValidationError):
+        chat.ChatCompletionResponseStreamChoice(index="x", delta=DeltaMessage())
+    for request in (chat.ChatCompletionRequest, completion.CompletionRequest):
+        assert pieces.CHECK in request.__pydantic_decorators__.model_validators
+    for piece in (chat.ChatCompletionStreamResponse, completion.CompletionStreamResponse):
+        assert pieces.CHECK not in piece.__pydantic_decorators__.model_validators

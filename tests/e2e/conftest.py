@@ -14,7 +14,10 @@ from tests.daemon import Daemon, Tables
 
 SHARED: Tables = {
     "server": {"anthropic_messages": True},
+    "limits": {"allow": ["prompt_logprobs"]},
     "engine": {"tool_call_parser": "hermes", "enable_auto_tool_choice": True},
+    # Its tests kill the engine, more often in all than an hour should have it.
+    "recovery": {"restart_limit": 100},
 }
 
 

@@ -28,14 +28,13 @@ KEEP_ALIVE_S = 0.4
 
 @contextlib.contextmanager
 def frozen_start(daemon: Daemon) -> Iterator[None]:
-    """Keep the engine's start from getting anywhere: what comes now waits, for as long as the test wants."""
+    """Keep the engine's start from getting anywhere: what comes now waits, for as long as the test wants.
+
+    Only the fork server and its children are stopped. A child of the daemon that has not reached its exec shares the
+    daemon's memory (vfork), and to stop it is to stop the daemon.
+    """
     daemon.wait_for_answers()
-    children = eventually(
-        lambda: [each for each in psutil.Process(daemon.pid).children(recursive=True) if each.is_running()],
-        bool,
-        within_s=60,
-        what="a child process",
-    )
+    children = eventually(lambda: fork_servers(daemon), bool, within_s=60, what="a fork server")
     for each in children:
         each.send_signal(signal.SIGSTOP)
     try:
@@ -44,6 +43,16 @@ def frozen_start(daemon: Daemon) -> Iterator[None]:
         for each in children:
             with contextlib.suppress(psutil.Error):
                 each.send_signal(signal.SIGCONT)
+
+
+def fork_servers(daemon: Daemon) -> list[psutil.Process]:
+    """The daemon's fork server and what has been forked from it."""
+    found = []
+    for each in psutil.Process(daemon.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "multiprocessing.forkserver" in " ".join(each.cmdline()):
+                found.append(each)
+    return found
 
 
 def raw_stream(daemon: Daemon, path: str, body: dict[str, Any]) -> tuple[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 
+from tests.browser import browser, executable
 from tests.daemon import MODEL_NAME, Daemon, Tables, eventually
 from tests.e2e.conftest import Stage
 
@@ -12,6 +13,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 FIRST, SECOND, WRONG = "first-key-7f3a9c", "second-key-b81d2e", "wrong-key-55aa01"
 MARKER = "Xylophonquartz"
+IS_HIDDEN = "document.querySelector('main').hidden"
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +86,30 @@ def test_only_the_probes_are_open(keyed: Daemon, path: str, status: int) -> None
     """Probes have no key; what tells about the instance needs one."""
     assert status == keyed.http.get(path).status_code
     assert 200 == keyed.http.get(path, headers={"authorization": f"Bearer {SECOND}"}).status_code
+
+
+@pytest.mark.skipif(executable() is None, reason="no chromium here (packaging/test-tools installs it)")
+async def test_the_page_asks_for_a_key(keyed: Daemon) -> None:
+    """A wrong one is refused; a right one is kept in the tab alone, until it is forgotten, and is part of no address."""
+    async with browser() as page:
+        await page.open(f"{keyed.url}/")
+        await page.until("!document.querySelector('#door').hidden")
+        await page.type(WRONG)
+        await page.until("document.querySelector('#door-word').textContent.includes('not valid')")
+        assert [True, ""] == [await page.run(IS_HIDDEN), await page.text("#figures")]
+
+        await page.type(FIRST)
+        await page.until("document.querySelector('#door').hidden")
+        assert "Serving" == await page.text("#state")
+        assert "" == await page.run("document.cookie")
+        assert [0, FIRST] == await page.run("[localStorage.length, sessionStorage.getItem('llm-serve-key')]")
+        assert [] == [url for url in page.requested if FIRST in url or WRONG in url]
+
+        await page.run_until_loaded("document.querySelector('#forget').click()")
+        await page.until(
+            "document.querySelector('#figures').innerText === '' && !document.querySelector('#door').hidden"
+        )
+        assert [True, 0] == [await page.run(IS_HIDDEN), await page.run("sessionStorage.length")]
 
 
 def test_x_api_key_is_a_key_too(keyed: Daemon) -> None:

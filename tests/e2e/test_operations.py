@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import httpx
+import psutil
 import pytest
 
 from tests.daemon import MODEL_NAME, Daemon, eventually
@@ -325,3 +326,17 @@ def test_no_process_survives_a_killed_daemon(daemon: MakeDaemon) -> None:
     assert [] == killed.new_shared_memory()
     killed.start().wait_for_answers().stop()
     assert_nothing_left(killed)
+
+
+def test_it_serves_as_the_first_process_of_a_container(daemon: MakeDaemon) -> None:
+    """There its pid is 1, and so is the parent's of its fork server: no sign that a parent has gone."""
+    if os.geteuid():
+        pytest.skip("only root may make a namespace for processes")
+    inside = daemon(wrapped_in=("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")).wait_ready()
+
+    assert 200 == inside.chat().status_code
+    assert (1, 1) == (inside.status()["pid"], inside.status()["engine_starts"])
+    (first,) = psutil.Process(inside.pid).children()
+    first.terminate()
+    assert 0 == inside.wait_for_exit()
+    assert_nothing_left(inside)

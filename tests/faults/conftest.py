@@ -49,6 +49,11 @@ class Fault:
         lines = self.made_file.read_text().splitlines() if self.made_file.exists() else []
         return sum(line != "passed" for line in lines)
 
+    @property
+    def said(self) -> str:
+        """What came of it, for a fault that says so."""
+        return Path(f"{self._file}.said").read_text()
+
 
 @pytest.fixture
 def fault(tmp_path: Path) -> Fault:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -36,7 +36,8 @@ def engine_processes(daemon: Daemon) -> list[psutil.Process]:
     for process in daemon.processes():
         with contextlib.suppress(psutil.Error):
             parent = process.parent()
-            if parent is not None and "forkserver" in " ".join(parent.cmdline()):
+            is_fork = parent is not None and "forkserver" in " ".join(parent.cmdline())
+            if is_fork and not process.name().startswith("front-end-"):
                 found.append(process)
     return sorted(found, key=lambda process: process.pid)
 
@@ -189,6 +190,40 @@ def test_a_frozen_engine(daemon: MakeDaemon, watch: Watch, which: str) -> None:
     assert "stalled" in serving.status()["last_failure"]
     assert "stopped" in serving.log()
     assert not frozen.is_running()
+
+
+@pytest.fixture
+def frozen_group() -> Iterator[Path]:
+    """A control group of the first kind that is frozen: what is in it does not even die."""
+    group = Path("/sys/fs/cgroup/freezer/llm-serve-test")
+    try:
+        group.mkdir()
+        (group / "freezer.state").write_text("FROZEN")
+    except OSError as error:
+        pytest.skip(f"nothing real holds a process against SIGKILL here: {error}")
+    yield group
+    (group / "freezer.state").write_text("THAWED")
+    eventually(lambda: group.joinpath("cgroup.procs").read_text(), lambda pids: not pids, within_s=20, what="the end")
+    group.rmdir()
+
+
+@pytest.mark.row("B6", "EngineCore stuck in the kernel")
+def test_a_process_that_cannot_be_killed(daemon: MakeDaemon, watch: Watch, frozen_group: Path) -> None:
+    """No engine is started beside it: the daemon gives up, and says which process, where it waits, and what frees it."""
+    serving = daemon(STALL).wait_ready()
+    pid = engine_core(serving)
+    (frozen_group / "cgroup.procs").write_text(str(pid))
+    watch.begin()
+    asked = serving.later(lambda: serving.chat(max_tokens=4))
+
+    watch.detected(serving, within_s=40)
+    assert 70 == serving.wait_for_exit(120)
+    watch.mark("gave up")
+    assert 503 == asked.result(5).status_code
+    log = serving.log()
+    assert f"SIGKILL does not end python (pid {pid}): D (disk sleep)" in log
+    assert "nvidia-smi --gpu-reset" in log
+    assert "engine start 2" not in log
 
 
 @pytest.mark.row("14", "short freeze (STOP, CONT)")

@@ -17,7 +17,7 @@ import openai
 import psutil
 import pytest
 
-from tests.daemon import MODEL_NAME, Daemon, Later, Stream
+from tests.daemon import MODEL_NAME, Daemon, Later, Stream, eventually
 from tests.faults.conftest import Fault
 from tests.faults.mixed import CATALOG, Ask, Got
 from tests.faults.test_engine import engine_processes
@@ -32,8 +32,27 @@ TABLES: Mapping[str, Mapping[str, Any]] = {
     },
     "recovery": {"restart_limit": 100},
 }  # fmt: skip
+FRONT_ENDS = pytest.mark.parametrize("front_ends", [1, 4])
 KILLS = int(os.environ.get("LLM_SERVE_KILLS", "3"))
 STREAMS = 32
+
+
+def tables(front_ends: int, base: Mapping[str, Mapping[str, Any]] = TABLES) -> Mapping[str, Mapping[str, Any]]:
+    """The same instance with so many front ends."""
+    return {**base, "server": {**base.get("server", {}), "front_ends": front_ends}}
+
+
+def wait_for_all(daemon: Daemon) -> Daemon:
+    """Ready, and so are the front ends beside the daemon's own."""
+    daemon.wait_ready()
+
+    def are_attached(now: dict[str, Any]) -> bool:
+        count = daemon.file.read_text().split("front_ends = ")[1].split()[0]
+        all_ = now["front_ends"]
+        return count == "1" or (len(all_) == int(count) and all(each["epoch"] == now["epoch"] for each in all_))
+
+    eventually(daemon.status, are_attached, within_s=120, what="front ends")
+    return daemon
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +98,12 @@ def test_each_kind_goes_on_after_a_kill(
 
 
 @pytest.mark.row("2b", f"{KILLS} kills at random moments, {STREAMS} mixed requests at a time")
-def test_kills_at_random_moments(daemon: Callable[..., Daemon], watch: Watch, undisturbed: dict[str, Got]) -> None:
+@FRONT_ENDS
+def test_kills_at_random_moments(
+    daemon: Callable[..., Daemon], watch: Watch, undisturbed: dict[str, Got], front_ends: int
+) -> None:
     """Every request is answered, and each greedy one as without the kills; none is cut in silence."""
-    serving = daemon(TABLES).wait_ready()
+    serving = wait_for_all(daemon(tables(front_ends)))
     if not undisturbed:
         ask_all(serving, undisturbed)
     chance, is_over = random.Random(4), threading.Event()
@@ -97,8 +119,10 @@ def test_kills_at_random_moments(daemon: Callable[..., Daemon], watch: Watch, un
 
     with ThreadPoolExecutor(STREAMS) as pool:
         clients = [pool.submit(client, number) for number in range(STREAMS)]
-        gaps = [_kill(serving, chance) for _ in range(KILLS)]
-        is_over.set()
+        try:
+            gaps = [_kill(serving, chance) for _ in range(KILLS)]
+        finally:
+            is_over.set()
     for each in clients:
         each.result()
 
@@ -123,9 +147,11 @@ def _kill(daemon: Daemon, chance: random.Random) -> float:
     """Kill EngineCore or its worker at some moment; the seconds until the engine was back."""
     time.sleep(chance.uniform(1, 6))
     victims: list[psutil.Process] = engine_processes(daemon)
+    starts = daemon.status()["engine_starts"]
     began = time.monotonic()
     chance.choice(victims).send_signal(signal.SIGKILL)
-    time.sleep(0.5)
+    # Another front end than the first may say a moment longer that all is well.
+    eventually(lambda: daemon.status()["engine_starts"], lambda now: now > starts, within_s=60, what="the next start")
     daemon.wait_ready()
     return time.monotonic() - began
 
@@ -134,9 +160,11 @@ POISON = 40_000
 """A token of the vocabulary that no other prompt here has. That it kills is injected: no request is known that does."""
 
 
+POISONED = {"model": MODEL_NAME, "prompt": [1, 2, POISON, 3], "max_tokens": 8}
+
+
 def _poison(daemon: Daemon) -> httpx.Response:
-    body = {"model": MODEL_NAME, "prompt": [1, 2, POISON, 3], "max_tokens": 8}
-    return daemon.http.post("/v1/completions", json=body, timeout=200)
+    return daemon.http.post("/v1/completions", json=POISONED, timeout=200)
 
 
 def _is_refused(answer: httpx.Response) -> bool:
@@ -144,18 +172,24 @@ def _is_refused(answer: httpx.Response) -> bool:
 
 
 @pytest.mark.row("36", "poison request, alone")
+@FRONT_ENDS
 def test_a_poison_request_is_refused_and_changes_no_plan(
-    daemon: Callable[..., Daemon], watch: Watch, fault: Fault
+    daemon: Callable[..., Daemon], watch: Watch, fault: Fault, front_ends: int
 ) -> None:
     """After two deaths with nobody else in flight it is refused, now and when it comes again; settings are untouched."""
-    serving = daemon(environ=fault.environ).wait_ready()
+    serving = wait_for_all(daemon(tables(front_ends, {}), environ=fault.environ))
     fault.arm("execute_model", "abort", times=99, token=POISON)
 
     assert _is_refused(_poison(serving))
-    serving.wait_ready()
+    wait_for_all(serving)
+    clients: list[httpx.Client] = []
     began = time.monotonic()
-    assert _is_refused(_poison(serving))
-    again_s = time.monotonic() - began
+    for _ in range(front_ends):  # connections of their own, so each comes in somewhere else
+        clients.append(httpx.Client(base_url=serving.url, trust_env=False))
+        assert _is_refused(clients[-1].post("/v1/completions", json=POISONED, timeout=200))
+    again_s = (time.monotonic() - began) / front_ends
+    for client in clients:
+        client.close()
 
     assert 200 == serving.chat().status_code
     watch.note(serving)
@@ -165,9 +199,12 @@ def test_a_poison_request_is_refused_and_changes_no_plan(
 
 
 @pytest.mark.row("36b", "poison request in company")
-def test_the_company_of_a_poison_request_is_answered(daemon: Callable[..., Daemon], watch: Watch, fault: Fault) -> None:
+@FRONT_ENDS
+def test_the_company_of_a_poison_request_is_answered(
+    daemon: Callable[..., Daemon], watch: Watch, fault: Fault, front_ends: int
+) -> None:
     """Who was in flight at two deaths runs alone: the poison is found by that, and everybody else is answered."""
-    serving = daemon({"engine": {"max_num_seqs": 32}}, environ=fault.environ).wait_ready()
+    serving = wait_for_all(daemon(tables(front_ends, {"engine": {"max_num_seqs": 32}}), environ=fault.environ))
     streams = [Stream(serving.url, 150) for _ in range(6)]
     for stream in streams:
         stream.wait_for_tokens(2)

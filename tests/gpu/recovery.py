@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 
+from llm_serve.host.nvml import open_gpus
 from tests.daemon import MODEL_NAME, Daemon, Stream, instance_text
 from tests.faults.mixed import CATALOG
 
@@ -33,7 +34,10 @@ _REPOSITORY = Path(__file__).parents[2]
 _KINDS = ("chat streamed", "chat with logprobs", "chat with a stop string", "chat with penalties", "chat with a seed",
           "JSON schema", "two choices")  # fmt: skip
 _HOG = """
-import sys, time, torch
+import os, sys, time, torch
+torch.zeros(1, device="cuda")
+while len(sys.argv) > 2 and not os.path.exists(sys.argv[2]):
+    time.sleep(0.01)
 free, _ = torch.cuda.mem_get_info()
 wanted = int(float(sys.argv[1]) * 2**30) if float(sys.argv[1]) > 0 else free + int(float(sys.argv[1]) * 2**30)
 held = torch.empty(wanted, dtype=torch.uint8, device="cuda")
@@ -62,7 +66,7 @@ class Stage:
             "PYTHONPATH": path, "XDG_CACHE_HOME": str(self.folder / "cache"), **(environ or {}),
         })  # fmt: skip
         whole = {
-            "server": {"listen": f"127.0.0.1:{made.port}"},
+            "server": {"listen": f"127.0.0.1:{made.port}"} | tables.get("server", {}),
             "engine": engine | tables.get("engine", {}),
             "recovery": recovery | tables.get("recovery", {}),
             "gpu": tables.get("gpu", {}),
@@ -91,10 +95,34 @@ def hog(gib: float) -> Iterator[int]:
 
 
 def used_mib() -> int:
-    """Memory in use on the GPU."""
-    out = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], check=True,
+    """Memory in use on all GPUs together."""
+    return sum(int(used) for (used,) in _asked("memory.used"))
+
+
+def _asked(fields: str) -> list[list[str]]:
+    """What nvidia-smi says of each GPU."""
+    out = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], check=True,
                          capture_output=True, text=True).stdout  # fmt: skip
-    return int(out.split()[0])
+    return [line.split(", ") for line in out.splitlines()]
+
+
+def _placed(daemon: Daemon) -> Row:
+    """Where an instance runs: the GPUs that it tells of, and the CPUs and the memory policy of its processes."""
+    status = daemon.status()
+    words = ("the engine runs on", "NUMA", "numactl", "gpu.devices", "GPU memory is not back")
+    processes = {}
+    for pid in status["engine_pids"]:
+        cpus = next(
+            line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "Cpus_allowed_list" in line
+        )
+        maps = Path(f"/proc/{pid}/numa_maps")
+        bound = sum(" bind:" in line for line in maps.read_text().splitlines()) if maps.exists() else None
+        visible = next(
+            (word for word in Path(f"/proc/{pid}/environ").read_text().split("\0") if "CUDA_VISIBLE" in word), ""
+        )
+        processes[pid] = [cpus.partition(":")[2].strip(), f"{bound} maps bound", visible]
+    return {"GPUs": [gpu["uuid"] for gpu in status["gpus"]], "processes": processes,
+            "said": [line[:300] for line in daemon.log().splitlines() if any(word in line for word in words)]}  # fmt: skip
 
 
 def engine_core(daemon: Daemon) -> int:
@@ -197,13 +225,21 @@ def _phases(daemon: Daemon, epoch: int) -> list[str]:
 
 
 FEW_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
+SPARSE_SIZES = [1, 2, 4, *range(8, 65, 8), 80, 96, 112, 128, 160, 192, 224, 256]
+"""vLLM's up to 64, and above it steps of an eighth to a quarter, up to the same largest one."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "measured each time": {"env": {"VLLM_ENABLE_STARTUP_PLAN": "0"}},
     "few graphs": {"engine": {"cudagraph_capture_sizes": FEW_SIZES}},
+    "sparse graphs": {"engine": {"cudagraph_capture_sizes": SPARSE_SIZES}},
+    "mega artifact": {"env": {"VLLM_USE_MEGA_AOT_ARTIFACT": "1"}},
+    "mega artifact, sparse graphs": {
+        "env": {"VLLM_USE_MEGA_AOT_ARTIFACT": "1"},
+        "engine": {"cudagraph_capture_sizes": SPARSE_SIZES},
+    },
     "eager": {"engine": {"enforce_eager": True}},
 }
-"""What may make a rebuild faster; each is tried by itself."""
+"""What may make a rebuild faster. vLLM uses the mega artifact by itself from torch 2.12 on."""
 
 
 def rebuilds(stage: Stage) -> Row:
@@ -229,13 +265,13 @@ def rebuilds(stage: Stage) -> Row:
 def graph_sizes(stage: Stage) -> Row:
     """Tokens per second with all of vLLM's graph sizes and with few: what does a faster rebuild cost while serving?"""
     row: Row = {}
-    for name, engine in {"vLLM's": {}, "few": {"cudagraph_capture_sizes": FEW_SIZES}}.items():
+    for name, engine in {"vLLM's": {}, "sparse": {"cudagraph_capture_sizes": SPARSE_SIZES}}.items():
         with stage.daemon(engine=engine) as daemon:
             until_serving(daemon, 1, 300)
             _tokens_per_second(daemon, 128, 32)
             row[name] = {clients: [_tokens_per_second(daemon, clients, 256) for _ in range(3)]
-                         for clients in (1, 12, 20, 40, 72, 100, 128)}  # fmt: skip
-    row["ratio"] = {clients: round(statistics.median(row["few"][clients]) / statistics.median(seen), 3)
+                         for clients in (1, 20, 40, 66, 72, 100, 116, 128)}  # fmt: skip
+    row["ratio"] = {clients: round(statistics.median(row["sparse"][clients]) / statistics.median(seen), 3)
                     for clients, seen in row["vLLM's"].items()}  # fmt: skip
     return row
 
@@ -330,14 +366,112 @@ def device_error(stage: Stage) -> Row:
         answer = daemon.chat()
         after = time.monotonic() - began
         until_serving(daemon, epoch + 1)
-        return {"answered": answer.status_code, "after s": round(after, 1), **_story(daemon)}
+        return {"answered": answer.status_code, "after s": round(after, 1), "xids": daemon.status()["gpus"][0]["xids"],
+                **_story(daemon)}  # fmt: skip
+
+
+def telemetry(stage: Stage) -> Row:
+    """What the sensors say idle and under 64 streams, what a scrape costs, and admission that pauses for heat."""
+    row: Row = {}
+    with stage.daemon() as daemon:
+        until_serving(daemon, 1, 300)
+        row["idle"] = _sensors(daemon)
+        streams = [Stream(daemon.url, 1500) for _ in range(64)]
+        for stream in streams:
+            stream.wait_for_tokens(5)
+        row["scrape ms under load"] = _scrapes(daemon)
+        time.sleep(3)
+        row["under load"] = _sensors(daemon)
+        row["families"] = sorted({line.split("{")[0] for line in daemon.http.get("/metrics").text.splitlines()
+                                  if line.startswith("llm_serve_gpu_")})  # fmt: skip
+        row["status"] = daemon.command("status").stdout.splitlines()
+        for stream in streams:
+            stream.wait(100).close()
+        before = daemon.rewrite("[gpu]", "[gpu]\npause_above_celsius = 10")
+        row["reload"] = daemon.command("reload").stdout.strip()
+        row["paused after s"], row["paused"] = _until_state(daemon, "drained")
+        asked = daemon.later(daemon.chat)
+        time.sleep(2)
+        row["held while hot"] = daemon.status()["requests_held"]
+        daemon.file.write_text(before)
+        row["reload back"] = daemon.command("reload").stdout.strip()
+        row["goes on after s"], _ = _until_state(daemon, "serving")
+        row["answered"] = asked.result(60).status_code
+        return row | _story(daemon)
+
+
+def utilization(stage: Stage) -> Row:
+    """More of the GPU than there is: nobody holds it, so the share is what has to give."""
+    with stage.daemon(engine={"gpu_memory_utilization": 0.999}) as daemon:
+        after_s = until_serving(daemon, 1, 400)
+        return {"serving after s": round(after_s, 1), **_story(daemon)}
+
+
+def capture(stage: Stage) -> Row:
+    """Another process takes all but 40 MiB while CUDA graphs are captured, until the start has failed."""
+    trigger = stage.folder / "take-it"
+    trigger.unlink(missing_ok=True)
+    command = [sys.executable, "-c", _HOG, "-0.04", str(trigger)]
+    with stage.daemon() as daemon, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as thief:
+        began = time.monotonic()
+        while "GPU KV cache size" not in daemon.log():
+            assert time.monotonic() - began < 200, daemon.log()[-3000:]
+            time.sleep(0.02)
+        while used_mib() < 100_000:  # the KV cache is there: warm-up and capture come next
+            assert time.monotonic() - began < 200, daemon.log()[-3000:]
+        trigger.touch()
+        while not daemon.status()["failures"] and daemon.status()["state"] != "serving":
+            time.sleep(0.05)
+        thief.kill()
+        failed = [failure["failure"] for failure in daemon.status()["failures"]]
+        after_s = until_serving(daemon, 1, 400)
+        return {"serving after s": round(after_s, 1), "failures": failed, **_story(daemon)}
+
+
+def backends(stage: Stage) -> Row:
+    """Attention backends that cannot be used here: one for another kind of model, one that is not installed."""
+    row: Row = {}
+    for name in ("FLASHMLA", "FLASHINFER"):
+        with stage.daemon(engine={"attention_backend": name}) as daemon:
+            after_s = until_serving(daemon, 1, 400)
+            failed = [failure["failure"]["detail"][:200] for failure in daemon.status()["failures"]]
+            row[name] = {"serving after s": round(after_s, 1), "failures": failed, **_story(daemon)}
+    return row
+
+
+def _sensors(daemon: Daemon) -> Row:
+    (gpu,) = daemon.status()["gpus"]
+    return {name: value for name, value in gpu.items() if name not in {"index", "uuid"}}
+
+
+def _scrapes(daemon: Daemon) -> dict[str, float]:
+    """Milliseconds of 100 scrapes under load."""
+    took = []
+    for _ in range(100):
+        began = time.monotonic()
+        daemon.http.get("/metrics").raise_for_status()
+        took.append(1000 * (time.monotonic() - began))
+        time.sleep(0.02)
+    return {"p50": round(statistics.median(took), 1), "max": round(max(took), 1)}
+
+
+def _until_state(daemon: Daemon, state: str) -> tuple[float, str]:
+    began = time.monotonic()
+    while (status := daemon.status())["state"] != state:
+        assert time.monotonic() - began < 60, status["why"]
+        time.sleep(0.05)
+    return round(time.monotonic() - began, 2), str(status["why"])
 
 
 def tensor_parallel(stage: Stage) -> Row:
     """Two GPUs, one model: a worker killed, EngineCore killed, a worker stopped, each under 16 streams."""
-    row: Row = {}
-    with stage.daemon(engine={"tensor_parallel_size": 2}, recovery={"start_timeout_s": 400}) as daemon:
+    gpus = open_gpus()
+    row: Row = {"without P2P": gpus.without_p2p([gpu.index for gpu in gpus.devices()]), "problems": gpus.problems()}
+    gpus.close()
+    devices = [address for (address,) in _asked("pci.bus_id")][:2]
+    with stage.daemon(engine={"tensor_parallel_size": 2}, gpu={"devices": devices}, recovery=_MEETS) as daemon:
         row["start s"] = round(until_serving(daemon, 1, 400), 1)
+        row["placed"] = _placed(daemon)
         for name, which, number in (
             ("worker killed", max, signal.SIGKILL), ("EngineCore killed", min, signal.SIGKILL),
             ("worker stopped", max, signal.SIGSTOP),
@@ -359,13 +493,59 @@ def tensor_parallel(stage: Stage) -> Row:
         return row | _story(daemon)
 
 
+def no_p2p(stage: Stage) -> Row:
+    """Two GPUs whose processes never meet (injected: both workers spin, twice): the cure, and who remembers it."""
+    fault = stage.folder / "fault.json"
+    fault.write_text(json.dumps({"at": "init_device", "do": "spin", "times": 4}))
+    row: Row = {}
+    with stage.daemon(engine={"tensor_parallel_size": 2}, recovery=_MEETS,
+                      environ={"LLM_SERVE_FAULT_FILE": str(fault)}) as daemon:  # fmt: skip
+        row["serving after s"] = round(until_serving(daemon, 1, 500), 1)
+        row |= _story(daemon)
+        row["plan"] = {name: daemon.status()["engine_arguments"][name] for name in ("arguments", "env")}
+        row["said"] = [line[:400] for line in daemon.log().splitlines() if "engine failed" in line or "P2P" in line]
+        daemon.stop()
+        began = time.monotonic()
+        daemon.start().wait_for_answers()
+        until_serving(daemon, 1, 400)
+        row["the next process"] = _story(daemon) | {"serving after s": round(time.monotonic() - began, 1)}
+    return row
+
+
+def too_many(stage: Stage) -> Row:
+    """Files that ask for more GPUs, or other heads, than there are: status 78 and the line, and nothing is loaded."""
+    uuid = _asked("uuid")[0][0]
+    files: dict[str, dict[str, dict[str, Any]]] = {
+        "GPUs": {"engine": {"tensor_parallel_size": 64}},
+        "devices": {"engine": {"tensor_parallel_size": 2}, "gpu": {"devices": [0]}},
+        "heads": {"engine": {"tensor_parallel_size": 2, "hf_overrides": '{"num_attention_heads": 25}'}},
+        "twice": {"gpu": {"devices": [0, uuid]}},
+    }
+    row: Row = {}
+    for name, tables in files.items():
+        began = time.monotonic()
+        try:
+            with stage.daemon(**tables) as daemon:
+                row[name] = [daemon.wait_for_exit(150), daemon.log().splitlines()[-1][:400]]
+        except AssertionError as error:  # it has ended before it answered
+            said = str(error).splitlines()
+            row[name] = [said[0], said[-1][:400]]
+        row[name].append(round(time.monotonic() - began, 1))
+    return row
+
+
+_MEETS = {"start_timeout_s": 400, "stall_timeout_s": 40}
+"""Two processes on two GPUs need a moment to meet."""
+
+
 def two_instances(stage: Stage) -> Row:
     """Two GPUs, an instance on each: one's engine is killed, and a stream of the other goes on without a pause."""
-    with stage.daemon(gpu={"devices": [0]}) as first, stage.daemon(gpu={"devices": [1]}) as second:
+    one, two = [uuid for (uuid,) in _asked("uuid")][:2]
+    with stage.daemon(gpu={"devices": [one]}) as first, stage.daemon(gpu={"devices": [two]}) as second:
         for each in (first, second):
             until_serving(each, 1, 400)
-        used = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], check=True,
-                              capture_output=True, text=True).stdout.split()  # fmt: skip
+        used = [mib for (mib,) in _asked("memory.used")]
+        before = second.status()
         untouched, hurt = Stream(second.url, 4000), Stream(first.url, 500)
         for stream in (untouched, hurt):
             stream.wait_for_tokens(5)
@@ -378,8 +558,11 @@ def two_instances(stage: Stage) -> Row:
             time.sleep(0.005)
         until_serving(first, 2)
         hurt.wait(100)
+        after = second.status()
+        changed = [name for name in ("epoch", "engine_pids", "failures", "state") if before[name] != after[name]]
         return {"GPU MiB": used, "longest pause of the other s": round(longest, 3), "first": _story(first),
-                "second": _story(second), "complete": hurt.finish_reasons}  # fmt: skip
+                "second": _story(second), "complete": hurt.finish_reasons, "changed of the other": changed,
+                "UUIDs": [one, two], "first placed": _placed(first), "second placed": _placed(second)}  # fmt: skip
 
 
 SCENES: dict[str, Callable[[Stage], Row]] = {
@@ -396,8 +579,12 @@ SCENES: dict[str, Callable[[Stage], Row]] = {
             memory_held,
             memory_taken,
             device_error,
+            telemetry,
+            utilization,
+            capture,
+            backends,
         ),
-        *(tensor_parallel, two_instances),
+        *(tensor_parallel, two_instances, no_p2p, too_many),
     )
 }
 
@@ -407,7 +594,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument(
-        "--only", nargs="*", choices=list(SCENES), default=list(SCENES)[:-2], help="the last two need two GPUs"
+        "--only", nargs="*", choices=list(SCENES), default=list(SCENES)[:-4], help="the last four need two GPUs"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path, help="a file to which the daemons' logs are added")

@@ -17,7 +17,7 @@ from tests.system.machine import Machine, machine
 
 PROJECT = Path(__file__).parents[2]
 UNIT = "llm-serve@demo"
-_MODELS = "var/cache/llm-serve/models"
+MODELS = "var/cache/llm-serve/models"
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +55,15 @@ def _install(built: Machine, model: Path) -> None:
     shutil.copy(PROJECT / "systemd/sysusers.d/llm-serve.conf", root / "usr/lib/sysusers.d/llm-serve.conf")
     shutil.copy(PROJECT / "systemd/tmpfiles.d/llm-serve.conf", root / "usr/lib/tmpfiles.d/llm-serve.conf")
     built.write("/usr/bin/llm-serve", _LAUNCHER.format(python=sys.executable, daemon=PROJECT / "daemon"), 0o755)
-    shutil.copytree(model, root / _MODELS / model.name, dirs_exist_ok=True)
+    shutil.copytree(model, root / MODELS / model.name, dirs_exist_ok=True)
     built.write("/etc/llm-serve/demo.toml", (PROJECT / "config/demo.toml").read_text())
-    _open_the_checkout(built)
+    open_the_checkout(built)
 
 
 _LAUNCHER = "#!/bin/sh\nPYTHONPATH='{daemon}' exec '{python}' -c 'from llm_serve.cli.main import main; main()' \"$@\"\n"
 
 
-def _open_the_checkout(built: Machine) -> None:
+def open_the_checkout(built: Machine) -> None:
     """Let the service user reach an interpreter and a checkout that live in somebody's home or in /tmp, as in development.
 
     An installed service has its environment under /opt, and both protections stay on.
@@ -76,4 +76,5 @@ def _open_the_checkout(built: Machine) -> None:
             inside.chmod(inside.stat().st_mode | 0o011)
         lifted |= {option for place, option in hidden.items() if path.is_relative_to(place)}
     if lifted:
-        built.write("/etc/systemd/system/llm-serve@.service.d/checkout.conf", "\n".join(["[Service]", *lifted, ""]))
+        for unit in ("llm-serve@.service", "llm-serve-targets.service"):
+            built.write(f"/etc/systemd/system/{unit}.d/checkout.conf", "\n".join(["[Service]", *lifted, ""]))

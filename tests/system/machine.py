@@ -1,4 +1,4 @@
-"""A booted Debian to test the service on: systemd in a container, over an overlay of this machine's own files.
+"""A booted Debian to test the service on: systemd in a container, over an overlay of this machine's own files or others.
 
 What is written in it goes to a tmpfs. A reboot is its end and a new boot of the same overlay.
 """
@@ -13,20 +13,24 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 _BOOT_LIMIT_S = 60.0
-_OVERLAY_BYTES = "4g"
+_OVERLAY_BYTES = "8g"
 
 
 class Machine:
-    """One machine. Files survive `reboot` and `power_cut`; nothing survives `close`."""
+    """One machine. Files survive `reboot` and `power_cut`; nothing survives `close`.
 
-    def __init__(self) -> None:
+    `lower` is what it begins with. `options` go to systemd-nspawn; by default it has a network of its own.
+    """
+
+    def __init__(self, lower: Path = Path("/"), options: Sequence[str] = ("--private-network",)) -> None:
+        self._lower, self._options = lower, options
         self._base = Path(tempfile.mkdtemp(prefix="llm-serve-machine-"))
         self.root = self._base / "root"
         self._nspawn: subprocess.Popen[bytes] | None = None
@@ -35,7 +39,7 @@ class Machine:
         _run("mount", "-t", "tmpfs", "-o", f"size={_OVERLAY_BYTES}", "tmpfs", str(self._base))
         for name in ("upper", "work", "root"):
             (self._base / name).mkdir()
-        layers = f"lowerdir=/,upperdir={self._base}/upper,workdir={self._base}/work"
+        layers = f"lowerdir={lower},upperdir={self._base}/upper,workdir={self._base}/work"
         _run("mount", "-t", "overlay", "overlay", "-o", layers, str(self.root))
         self._leave_host_services_out()
 
@@ -59,6 +63,11 @@ class Machine:
 
     def boot(self) -> None:
         """Start it and wait until systemd says that it is up."""
+        self.power_on()
+        self.wait_until(self._is_up, _BOOT_LIMIT_S, "systemd to be up")
+
+    def power_on(self) -> None:
+        """Start it, and wait for nothing but its first process."""
         command = [
             "systemd-nspawn",
             "-q",
@@ -67,7 +76,7 @@ class Machine:
             "--boot",
             "--register=no",
             "--keep-unit",
-            "--private-network",
+            *self._options,
         ]
         # Its own tmpfs on /tmp would hide a checkout that lies there.
         environment = os.environ | {"SYSTEMD_NSPAWN_TMPFS_TMP": "0"}
@@ -75,15 +84,22 @@ class Machine:
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self._leader = self.wait_until(self._find_leader, _BOOT_LIMIT_S, "a first process")
-        self.wait_until(self._is_up, _BOOT_LIMIT_S, "systemd to be up")
 
     def _find_leader(self) -> int:
+        """The one that is number 1 in there: nspawn's first child only makes it, and ends."""
         assert self._nspawn is not None
-        children = psutil.Process(self._nspawn.pid).children()
-        return children[0].pid if children else 0
+        for child in psutil.Process(self._nspawn.pid).children(recursive=True):
+            if _numbers(child.pid)[1:] == ["1"]:
+                return child.pid
+        return 0
 
     def _is_up(self) -> bool:
         return self.run("systemctl", "is-system-running", check=False).stdout.strip() in {"running", "degraded"}
+
+    @property
+    def is_on(self) -> bool:
+        """True while it runs."""
+        return self._nspawn is not None and self._nspawn.poll() is None
 
     def run(self, *command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command in the machine, as root."""
@@ -97,10 +113,8 @@ class Machine:
     def host_pid(self, pid: str) -> int:
         """The number by which this host knows a process of the machine."""
         for process in psutil.Process(self._leader).children(recursive=True):
-            with contextlib.suppress(OSError, psutil.Error):
-                numbers = Path(f"/proc/{process.pid}/status").read_text().partition("NSpid:")[2].split("\n")[0].split()
-                if numbers[-1:] == [pid]:
-                    return process.pid
+            if _numbers(process.pid)[-1:] == [pid]:
+                return process.pid
         raise LookupError(f"the machine has no process {pid}")
 
     def popen(self, *command: str) -> subprocess.Popen[str]:
@@ -135,6 +149,12 @@ class Machine:
             time.sleep(0.2)
         raise AssertionError(f"waited {timeout_s} s for {what}; last seen: {last!r}")
 
+    def added(self) -> set[str]:
+        """The paths of all files and folders that are here and not in what it began with."""
+        upper = self._base / "upper"
+        paths = {str(path.relative_to(upper)) for path in upper.rglob("*") if not path.is_char_device()}
+        return {path for path in paths if not os.path.lexists(self._lower / path)}
+
     def reboot(self) -> None:
         """Shut it down in order, and boot it again."""
         self.run("systemctl", "poweroff", "--no-block", check=False)
@@ -168,10 +188,17 @@ class Machine:
         self._base.rmdir()
 
 
+def _numbers(pid: int) -> list[str]:
+    """By which numbers a process is known, from this host's namespace inwards; none when it has gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/status").read_text().partition("NSpid:")[2].partition("\n")[0].split()
+    return []
+
+
 @contextlib.contextmanager
-def machine() -> Iterator[Machine]:
+def machine(lower: Path = Path("/"), options: Sequence[str] = ("--private-network",)) -> Iterator[Machine]:
     """A machine that is gone afterwards, whatever happens in between."""
-    built = Machine()
+    built = Machine(lower, options)
     try:
         yield built
     finally:

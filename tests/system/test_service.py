@@ -59,6 +59,18 @@ def test_status_command_reaches_the_service(served: Machine) -> None:
     assert ("serving", "demo") == (answer["state"], answer["instance"])
 
 
+def test_another_user_is_told_that_the_service_is_not_his(served: Machine) -> None:
+    """Not asked is he either: the socket is root's and the service user's."""
+    as_nobody = ("runuser", "-u", "nobody", "--", "llm-serve", "status")
+    one, everyone = served.run(*as_nobody, "demo", check=False), served.run(*as_nobody, check=False)
+    as_service = served.run("runuser", "-u", "llm-serve", "--", "llm-serve", "status", "demo")
+
+    assert 75 == one.returncode
+    assert "llm-serve: demo is another user's: ask as root (sudo), or as the user that it runs as.\n" == one.stderr
+    assert "demo      not shown" in everyone.stdout
+    assert "demo: serving" in as_service.stdout
+
+
 def test_journal_has_fields_and_no_prompt(served: Machine) -> None:
     """Events carry INSTANCE, STATE and a priority, vLLM's children are named, and prompts are not there."""
     _ask(served, f"Say {_MARKER}", tokens=4)
@@ -75,6 +87,32 @@ def test_journal_has_fields_and_no_prompt(served: Machine) -> None:
     assert "EngineCore" in processes
     assert any(str(name).startswith("Worker") for name in processes)
     assert _MARKER not in json.dumps(entries)
+
+
+def test_the_engine_is_locked_down(served: Machine) -> None:
+    """Not even root's rights would help a process of the service: no privilege, no device, no file, no network, no dump."""
+    status = json.loads(served.run("llm-serve", "status", "demo", "--json").stdout)
+    assert "closed but for this machine's loopback" == status["engine_network"]
+    for pid in (status["pid"], *status["engine_pids"]):
+        shown = dict(line.split(":", 1) for line in served.run("cat", f"/proc/{pid}/status").stdout.splitlines())
+        rights = {shown[name].strip() for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")}
+        assert ({"0000000000000000"}, "1", "2") == (rights, shown["NoNewPrivs"].strip(), shown["Seccomp"].strip())
+        assert "Max core file size        0 " in served.run("cat", f"/proc/{pid}/limits").stdout
+    inside = ("nsenter", "-t", str(status["pid"]), "-m")
+    assert "Read-only file system" in served.run(*inside, "touch", "/usr/x", "/etc/x", check=False).stderr
+    # Whether the kernel keeps to it cannot be seen in here: a container of control groups v1 has no say over devices.
+    assert "closed" == served.show(UNIT, "DevicePolicy")
+    # The clock is ProtectClock's own exception, for reading.
+    assert ["char-rtc r", "char-nvidia* rw"] == served.show(UNIT, "DeviceAllow").splitlines()
+
+
+def test_a_killed_engine_comes_back_under_the_lock(served: Machine) -> None:
+    """All that recovery does is allowed: the same daemon serves with its second engine."""
+    before = json.loads(served.run("llm-serve", "status", "demo", "--json").stdout)
+    served.run("kill", "-9", str(before["engine_pids"][-1]))
+    served.wait_until(lambda: "2 start(s)" in served.show(UNIT, "StatusText"), 60, "a second engine")
+    assert str(before["pid"]) == served.show(UNIT, "MainPID")
+    assert "Paris" in _ask(served, "What is the capital of France?")
 
 
 def test_caches_are_inside_the_cache_directory(served: Machine) -> None:
@@ -210,6 +248,10 @@ def test_broken_file_fails_once_with_78_and_the_reason(box: Machine) -> None:
         assert box.run("systemctl", "start", UNIT, check=False, timeout=_START_LIMIT_S).returncode != 0
         box.wait_until(lambda: box.show(UNIT, "ActiveState") == "failed", 30, "failed")
         assert ("78", "0") == (box.show(UNIT, "ExecMainStatus"), box.show(UNIT, "NRestarts"))
+        (row,) = json.loads(box.run("llm-serve", "status", "--json").stdout)
+        assert ("demo", "failed") == (row["instance"], row["state"])
+        assert row["why"].startswith("exit-code, exit status 78: configuration: /etc/llm-serve/demo.toml:")
+        assert abs(time.time() - row["since"]) < 60
         shown = box.run("systemctl", "status", "--no-pager", "--lines=50", UNIT, check=False).stdout
         assert "Did you mean max_num_seqs" in shown
     finally:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llm_serve.core.admission import Admission, Load, reserve
+from llm_serve.host.board import Board, Seat
 
 A, B, C = b"a", b"b", b"c"
 
@@ -287,3 +288,105 @@ class Rules(RuleBasedStateMachine):
 
 TestRules = Rules.TestCase
 TestRules.settings = settings(max_examples=150, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
+
+
+class Crowd(RuleBasedStateMachine):
+    """Three gates before one engine, in any order; each looks again whenever it likes."""
+
+    GATES, LIMIT = 3, 7
+
+    def __init__(self) -> None:
+        super().__init__()
+        board = Board(self.GATES)
+        for row in board.rows:
+            row.turned_at = float("inf")
+        self.gates = [Admission[int](self.LIMIT, is_shared=False, company=Seat(board, n)) for n in range(self.GATES)]
+        self.slots = self.now = 0
+        self.waiting: dict[int, int] = {}
+
+    gates_ = st.integers(0, GATES - 1)
+
+    @rule(slots=st.integers(1, 6))
+    def engine_comes(self, slots: int) -> None:
+        """All gates are opened, one after the other."""
+        self.slots = slots
+        for gate in self.gates:
+            gate.open(slots)
+
+    @rule(gate=gates_)
+    def gate_closes(self, gate: int) -> None:
+        """One of them has lost the engine first, or has not got it yet: who waits there keeps nobody up."""
+        self.gates[gate].close()
+
+    @rule(gate=gates_)
+    def request_comes(self, gate: int) -> None:
+        """It passes nobody who waits at an open gate, and waits if all of them together have room for it."""
+        self.now += 1
+        if self.gates[gate].enter():
+            assert not any(self.gates[where].is_open for where in self.waiting.values()), "it passed somebody"
+            self.check_room()
+        elif self.gates[gate].wait(A, self.now, float(self.now)):
+            self.waiting[self.now] = gate
+            assert len(self.waiting) <= self.LIMIT
+        else:
+            assert len(self.waiting) == self.LIMIT
+
+    @rule(gate=gates_)
+    def request_ends(self, gate: int) -> None:
+        """One that was let in there."""
+        if self.gates[gate].inside:
+            self.gates[gate].ended()
+
+    @rule(gate=gates_, running=st.integers(0, 8), queued=st.integers(0, 8), used=st.floats(0, 1))
+    def engine_steps(self, gate: int, running: int, queued: int, used: float) -> None:
+        """One of the gates is told."""
+        self.gates[gate].note(Load(running, queued, used))
+
+    @rule(gate=gates_)
+    def gate_looks(self, gate: int) -> None:
+        """The oldest of those at open gates goes first, wherever it is."""
+        for item in self.gates[gate].due():
+            assert gate == self.waiting.pop(item)
+            assert not any(other < item for other, at in self.waiting.items() if self.gates[at].is_open), "out of turn"
+            self.check_room()
+
+    @rule()
+    def all_look(self) -> None:
+        """Whenever there is room in an engine that says nothing else, somebody takes it."""
+        for gate in self.gates:
+            for _ in range(20):
+                gate.note(Load())
+        for turn in range(self.LIMIT * self.GATES):
+            self.gate_looks(turn % self.GATES)
+        free = self.slots + reserve(self.slots) - sum(gate.inside for gate in self.gates)
+        assert free <= 0 or not any(self.gates[where].is_open for where in self.waiting.values())
+
+    def check_room(self) -> None:
+        """What is let in is one batch and its reserve, not one for each gate."""
+        assert sum(gate.inside for gate in self.gates) <= self.slots + reserve(self.slots)
+
+    @invariant()
+    def nobody_is_lost(self) -> None:
+        """All gates together hold exactly those who wait."""
+        assert len(self.waiting) == sum(map(len, self.gates)) == self.gates[0].waiting
+
+
+TestCrowd = Crowd.TestCase
+TestCrowd.settings = settings(max_examples=80, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow])
+
+
+def test_one_whose_loop_stands_still_keeps_nobody_waiting() -> None:
+    """What it has in the engine counts; whom it keeps waiting does not go first for ever."""
+    board = Board(2)
+    stuck, gate = (Admission[str](10, company=Seat(board, place)) for place in range(2))
+    for each in (stuck, gate):
+        each.open(4)
+        each.note(Load())
+    assert stuck.wait(A, "old", 1.0)
+    assert gate.wait(A, "new", 2.0)
+    board.rows[0].turned_at = float("inf")
+    assert [] == list(gate.due())
+
+    board.rows[0].turned_at = 0.0
+
+    assert ["new"] == list(gate.due())

@@ -51,6 +51,21 @@ def test_every_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert "or set HF_HOME to a folder" in str(refused.value)
 
 
+def test_a_variable_that_opens_the_engine_is_refused(tmp_path: Path) -> None:
+    """Whoever started the daemon with it reads why, and what allows it; one that is off may stay."""
+    place = {"HF_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    boot.check_host(place | {"VLLM_SERVER_DEV_MODE": "0", "LD_PRELOAD": "/lib/tcmalloc.so", "PYTHONPATH": "/a"})
+    boot.check_host(place | {"VLLM_SERVER_DEV_MODE": "1"}, ("VLLM_SERVER_DEV_MODE",))
+
+    with pytest.raises(ConfigError) as refused:
+        boot.check_host(place | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "yes"})
+
+    assert {"VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION"} == {
+        problem.path for problem in refused.value.problems
+    }
+    assert 'set server.allow_env = ["VLLM_SERVER_DEV_MODE"]' in str(refused.value)
+
+
 def test_a_full_disk_is_named_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room may come: status 75, with how much there is and where."""
     monkeypatch.setattr("llm_serve.host.boot.shutil.disk_usage", lambda _: SimpleNamespace(free=3 << 20))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_serve.host.cgroup import OomCounter, memory_limit
+from llm_serve.host.cgroup import OomCounter, cpu_limit, memory_limit, task_limit
 
 GIB = 1 << 30
 V1_NO_LIMIT = "9223372036854771712\n"
@@ -231,6 +231,42 @@ def test_version_1_says_no_limit_by_a_huge_number(machine: Machine, own: str, ex
     assert expected == memory_limit(machine.proc)
 
 
+@pytest.mark.parametrize(
+    ("own", "slice_", "expected"),
+    [("max 100000\n", "max 100000\n", None), ("150000 100000\n", "400000 100000\n", 1.5), ("max 100000\n", "50000 100000\n", 0.5), ("?\n", "?\n", None)],
+)  # fmt: skip
+def test_the_tightest_quota_of_cpus_counts(machine: Machine, own: str, slice_: str, expected: float | None) -> None:
+    """As CPUQuota= of a service and of its slice."""
+    folder = layout_v2(machine).parent
+    write(folder / "cpu.max", own)
+    write(folder.parent / "cpu.max", slice_)
+
+    assert expected == cpu_limit(machine.proc)
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("-1\n", None), ("200000\n", 2.0)])
+def test_version_1_keeps_quota_and_period_apart(machine: Machine, quota: str, expected: float | None) -> None:
+    """In the hierarchy of the cpu controller, whichever has memory's; -1 is none."""
+    machine.belongs_to(HYBRID)
+    folder = machine.v1.with_name("memory-cpu") / "ours"
+    write(folder / "cpu.cfs_quota_us", quota)
+    write(folder / "cpu.cfs_period_us", "100000\n")
+
+    assert expected == cpu_limit(machine.proc)
+
+
+@pytest.mark.parametrize(
+    ("own", "slice_", "expected"), [("max\n", "max\n", None), ("max\n", "4915\n", 4915), ("64\n", "4915\n", 64)]
+)
+def test_the_tightest_limit_of_tasks_counts(machine: Machine, own: str, slice_: str, expected: int | None) -> None:
+    """As TasksMax= of a service and of its slice."""
+    folder = layout_v2(machine).parent
+    write(folder / "pids.max", own)
+    write(folder.parent / "pids.max", slice_)
+
+    assert expected == task_limit(machine.proc)
+
+
 # Any machine.
 TEXTS = st.text(st.sampled_from("0:/ memory,cgroup2-rw\n"), max_size=60) | st.text(max_size=40)
 
@@ -243,7 +279,7 @@ def test_no_text_of_proc_is_an_error(tmp_path_factory: pytest.TempPathFactory, c
     (proc / "mountinfo").write_text(mountinfo)
 
     assert 0 == OomCounter(proc).kills()
-    assert memory_limit(proc) is None
+    assert (None, None, None) == (memory_limit(proc), task_limit(proc), cpu_limit(proc))
 
 
 def test_this_machine_answers() -> None:

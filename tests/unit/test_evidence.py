@@ -41,6 +41,25 @@ def test_an_error_is_kept_with_who_said_it() -> None:
     assert 1 == collector.heard
 
 
+def test_what_torch_only_prints_is_not_pushed_out_by_the_trace_after_it() -> None:
+    """Its C interface passes no reason on: the printed line has the only numbers, and a C++ trace follows it."""
+    collector = Collector()
+    shim = 'torch_call_dispatcher( "aten::new_empty", "", stack.data(), 0) API call failed at ops.h, line 939'
+    collector.add_output(
+        "[rank0]:[E shim_common.cpp:523] Exception in aoti_torch: CUDA out of memory. Tried to allocate 56.00 MiB."
+    )
+    for number in range(150):
+        collector.add_output(f"frame #{number}: torch_call_dispatcher + 0x471")
+    failed = record("EngineCore failed to start.", level="ERROR", error=shim)
+    failed["exception"]["frames"] = ["capture_model"]
+    collector.add_record(failed)
+
+    failure = classify(collector.evidence())
+
+    assert (Kind.out_of_memory, 56 << 20) == (failure.kind, failure.tried_bytes)
+    assert 21 == len(collector.evidence().output_tail)
+
+
 def test_the_end_of_a_process_is_known_by_its_name() -> None:
     """The fork server tells pids; whoever has said something has a name. Others are compilers and the like."""
     collector = Collector()

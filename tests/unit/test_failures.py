@@ -226,6 +226,16 @@ EXCEPTIONS: dict[str, Case] = {
     "A11 graphs, in CUDA's words": Case(
         "torch.AcceleratorError", "CUDA error: out of memory", K.out_of_memory, P.capture, (*WARM, "capture_model")
     ),
+    # Seen on an H200: FlashAttention asks torch for memory through its C interface, which passes no reason on.
+    "A11 graphs, through torch's stable interface": Case(
+        "builtins.RuntimeError",
+        'torch_call_dispatcher( "aten::new_empty", "", stack.data(), ( ((0ULL + 2) << 56) | ((0ULL + 13) << 48) | '
+        "((0ULL + 0) << 40) | ((0ULL + 0) << 0))) API call failed at "
+        "/opt/venv/lib/python3.12/site-packages/torch/include/torch/csrc/stable/ops.h, line 939",
+        K.out_of_memory,
+        P.capture,
+        (*WARM, "capture_model", "flash_attn_varlen_func"),
+    ),
     "A11 graphs, for another reason": Case(
         "torch.AcceleratorError",
         "CUDA error: operation not permitted when stream is capturing\nSearch for `cudaErrorStreamCaptureUnsupported'",
@@ -301,6 +311,11 @@ EXCEPTIONS: dict[str, Case] = {
     ),
     # distributed/device_communicators/pynccl_wrapper.py:NCCL_CHECK
     "H7 NCCL": Case("builtins.RuntimeError", "NCCL error: unhandled system error", K.communication),
+    "H7 peers": Case(  # CUDA's own words for cudaErrorPeerAccessUnsupported
+        "torch.AcceleratorError",
+        "CUDA error: peer access is not supported between these two devices",
+        K.communication,
+    ),
     # distributed/device_communicators/shm_broadcast.py:check_shm_free_space
     "H8 shared memory": Case(
         "builtins.RuntimeError",
@@ -678,6 +693,11 @@ WITNESSED: dict[str, tuple[dict[str, Any], Kind, str]] = {
         "SIGABRT",
     ),
     "H8 SIGBUS": ({"exit_codes": {CORE: -7}}, K.crashed, "EngineCore was ended by SIGBUS."),
+    "B6 a process that cannot be ended": (
+        {"unkillable": ("VLLM::EngineCore (pid 7): D (disk sleep), waits in uvm_va_space_destroy",), "exit_codes": {CORE: -9}},
+        K.unkillable,
+        "SIGKILL does not end VLLM::EngineCore (pid 7): D (disk sleep), waits in uvm_va_space_destroy.",
+    ),
     "D3 reset": ({"kernel_log": (XID.format("0x1 (GPU Reset Required)"),)}, K.device_lost, "GPU Reset Required"),
     "D3 reboot": ({"kernel_log": (XID.format("0x2 (Node Reboot Required)"),)}, K.device_lost, "Node Reboot Required"),
     "D3 taken back": (
@@ -711,6 +731,39 @@ def test_the_machine_is_believed(known: dict[str, Any], kind: Kind, words: str) 
 
     assert kind is failure.kind
     assert words in failure.detail
+
+
+PAIR = "GPU 0 and 1 (the chipset does not support it)"
+
+
+@pytest.mark.parametrize(
+    ("known", "is_named"),
+    [
+        ({"stalled_for_s": 120.0}, True),
+        ({"timed_out_after_s": 1800.0}, True),
+        ({"errors": (ErrorRecord("Worker_TP1", "builtins.RuntimeError", "NCCL error: unhandled system error"),)}, True),
+        ({"exit_codes": {CORE: -6}, "output_tail": ("ProcessGroupNCCL's watchdog",)}, True),
+        ({"exit_codes": {CORE: -9}}, False),
+        ({"errors": (ErrorRecord(CORE, "torch.OutOfMemoryError", "CUDA out of memory"),)}, False),
+    ],
+)
+def test_gpus_without_p2p_are_named_where_they_may_be_the_cause(known: dict[str, Any], is_named: bool) -> None:
+    """In the advice, and for the decision; where memory or a signal explains it, the driver's word is beside the point."""
+    failure = classify(Evidence(**known, no_p2p=(PAIR,)))
+
+    assert is_named == (f"By the driver, there is no P2P between {PAIR}." in failure.advice)
+    assert ((PAIR,) if is_named else ()) == failure.no_p2p
+    assert () == classify(Evidence(**known)).no_p2p
+    assert "no_p2p" not in classify(Evidence(**known)).to_json()
+
+
+def test_a_hang_says_what_was_waited_for() -> None:
+    """A start whose GPUs never met has used CPU time all the while."""
+    failure = classify(Evidence(phase="starting the engine's processes", stalled_for_s=120.0, stalled_on="they spun"))
+
+    assert (
+        "the start did nothing for 120 s in the phase 'starting the engine's processes': they spun." == failure.detail
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from llm_serve.core.ladder import NoStep
 from llm_serve.core.plan import EnginePlan
 
 BUILT = Effective()
-TP2 = Effective(tensor_parallel_size=2)
+TP2 = Effective(tensor_parallel_size=2, world_size=2)
+PP2 = Effective(world_size=2)
+BOUND = Effective(numa_bind=True)
 ON_CPU = Effective(device="cpu")
 
 EAGER: tuple[dict[str, Any], dict[str, str]] = ({"enforce_eager": True}, {})
@@ -24,6 +26,10 @@ NO_GRAPHS: tuple[dict[str, Any], dict[str, str]] = ({"compilation_config": {"cud
 NO_CACHE: tuple[dict[str, Any], dict[str, str]] = ({}, {"VLLM_DISABLE_COMPILE_CACHE": "1"})
 NO_SAMPLER: tuple[dict[str, Any], dict[str, str]] = ({}, {"VLLM_USE_FLASHINFER_SAMPLER": "0"})
 NO_P2P: tuple[dict[str, Any], dict[str, str]] = ({"disable_custom_all_reduce": True}, {"NCCL_P2P_DISABLE": "1"})
+UNBOUND: tuple[dict[str, Any], dict[str, str]] = (
+    {"numa_bind": False, "numa_bind_nodes": None, "numa_bind_cpus": None},
+    {},
+)
 NO_CUSTOM: tuple[dict[str, Any], dict[str, str]] = ({"disable_custom_all_reduce": True}, {})
 
 
@@ -44,6 +50,11 @@ def course(arguments: dict[str, Any] | None = None, env: dict[str, str] | None =
 def fails(kind: Kind, place: Place = Place.start, detail: str = "it failed.") -> Failure:
     """A verdict."""
     return Failure(kind, detail, place=place)
+
+
+def unlinked(kind: Kind, place: Place = Place.start) -> Failure:
+    """A verdict on GPUs that cannot reach each other's memory, as the driver says."""
+    return replace(fails(kind, place), no_p2p=("GPU 0 and 1 (the chipset does not support it)",))
 
 
 def built_with(now: Effective, step: Step) -> Effective:
@@ -81,12 +92,24 @@ SLOW_OR_STUCK = (Kind.start_timeout, Kind.start_stalled)
         pytest.param(fails(Kind.graph_capture, Place.capture), BUILT, [NO_GRAPHS, EAGER], id="graphs: none, then eager"),
         pytest.param(fails(Kind.graph_capture, Place.capture), replace(BUILT, enforce_eager=True), [], id="graphs: they are off"),
         pytest.param(fails(Kind.communication), TP2, [NO_P2P], id="communication"),
-        pytest.param(fails(Kind.communication), BUILT, [NO_P2P], id="communication without tensor parallel"),
+        pytest.param(fails(Kind.communication), PP2, [NO_P2P], id="communication, a pipeline"),
+        pytest.param(fails(Kind.communication), BUILT, [], id="communication, one GPU"),
+        pytest.param(unlinked(Kind.communication), BUILT, [], id="communication, one GPU of two without P2P"),
         *[pytest.param(fails(kind), TP2, [NO_P2P], id=f"{kind} at once, two GPUs") for kind in SLOW_OR_STUCK],
         *[pytest.param(fails(kind), BUILT, [], id=f"{kind} at once, one GPU") for kind in SLOW_OR_STUCK],
         *[pytest.param(fails(kind, Place.loading), TP2, [], id=f"{kind} loading") for kind in SLOW_OR_STUCK],
         *[pytest.param(fails(kind, place), BUILT, OTHERS, id=f"{kind} {place}") for kind in SLOW_OR_STUCK for place in (Place.profiling, Place.kv_cache, Place.warm_up, Place.serving)],
         *[pytest.param(fails(kind, Place.capture), BUILT, [NO_GRAPHS, EAGER], id=f"{kind} capture") for kind in SLOW_OR_STUCK],
+        *[pytest.param(fails(kind, Place.profiling), TP2, [*OTHERS, NO_P2P], id=f"{kind} profiling, two GPUs") for kind in SLOW_OR_STUCK],
+        *[pytest.param(unlinked(kind, Place.profiling), TP2, [NO_P2P, *OTHERS], id=f"{kind} profiling, no P2P") for kind in SLOW_OR_STUCK],
+        *[pytest.param(fails(kind, Place.capture), TP2, [NO_GRAPHS, EAGER, NO_P2P], id=f"{kind} capture, two GPUs") for kind in SLOW_OR_STUCK],
+        *[pytest.param(unlinked(kind, Place.capture), TP2, [NO_P2P, NO_GRAPHS, EAGER], id=f"{kind} capture, no P2P") for kind in SLOW_OR_STUCK],
+        *[pytest.param(unlinked(kind, Place.loading), TP2, [], id=f"{kind} loading, no P2P") for kind in SLOW_OR_STUCK],
+        pytest.param(unlinked(Kind.stalled, Place.serving), TP2, [NO_P2P, EAGER, *OTHERS], id="stalled, no P2P"),
+        pytest.param(unlinked(Kind.device_error), TP2, [NO_P2P, EAGER, *OTHERS], id="device error, no P2P"),
+        pytest.param(unlinked(Kind.crashed), TP2, [NO_P2P, EAGER, *OTHERS], id="crashed, no P2P"),
+        pytest.param(fails(Kind.host_out_of_memory, Place.loading), BOUND, [UNBOUND], id="one NUMA node is full"),
+        pytest.param(fails(Kind.host_out_of_memory, Place.loading), BUILT, [], id="the host is full"),
         pytest.param(fails(Kind.stalled, Place.serving), TP2, [NO_CUSTOM, EAGER, *OTHERS], id="stalled, two GPUs"),
         pytest.param(fails(Kind.stalled, Place.serving), BUILT, [EAGER, *OTHERS], id="stalled, one GPU"),
         pytest.param(fails(Kind.device_error, Place.serving), BUILT, [EAGER, *OTHERS], id="device error"),
@@ -191,6 +214,12 @@ def test_latent_attention_has_backends_of_its_own() -> None:
 
     assert sorted(MLA_BACKENDS) == sorted(tried)
     assert [] == [step for step in walk(course(), other, at_hand) if "MLA" in step.arguments["attention_backend"]]
+    # Named by mistake for a model without it (the words are vLLM's on an H200).
+    named = replace(BUILT, attention_backend="FLASHMLA")
+    wrong = replace(refused, detail="ValueError: Selected backend AttentionBackendEnum.FLASHMLA is not valid for this "
+                    "configuration. Reason: ['head_size not supported', 'non-MLA not supported']")  # fmt: skip
+    steps = walk(course({"attention_backend": "FLASHMLA"}), wrong, named)
+    assert [*AUTO_BACKENDS] == [step.arguments["attention_backend"] for step in steps]
     # The user's own list is the user's word.
     assert ["FLEX_ATTENTION"] == [step.arguments["attention_backend"] for step in walk(course(), refused, at_hand, ("FLEX_ATTENTION",))]  # fmt: skip
 
@@ -267,6 +296,17 @@ def test_a_step_says_what_was_tried_and_why_it_fell() -> None:
     assert (Kind.attention_backend, Place.warm_up, False) == (step.kind, step.place, step.is_rung)
 
 
+def test_a_step_names_the_gpus_that_have_no_p2p() -> None:
+    """What is switched off, why the start fell, and between which GPUs."""
+    step = next_step(course(), unlinked(Kind.start_stalled), TP2, AUTO_BACKENDS)
+
+    assert isinstance(step, Step)
+    assert (
+        "NCCL_P2P_DISABLE unset -> 1, disable_custom_all_reduce false -> true, because of start_stalled (start): "
+        "it failed. There is no P2P between GPU 0 and 1 (the chipset does not support it)."
+    ) == step.reason
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -299,16 +339,16 @@ DETAILS = (
     "No valid attention backend found",
 )
 ASKED: tuple[dict[str, Any], ...] = ({}, {"attention_backend": "FLASHINFER"}, {"attention_config": {"backend": "TRITON_ATTN"}}, {"compilation_config": {"mode": 3}}, {"enforce_eager": True}, {"compilation_config": 0})  # fmt: skip
-LONGEST_WALK = len(AUTO_BACKENDS) + len(MLA_BACKENDS) + 7
-"""Every backend, and sampler, compile cache, graphs, compiling, P2P and custom all-reduce (twice) once each."""
+LONGEST_WALK = len(AUTO_BACKENDS) + len(MLA_BACKENDS) + 8
+"""Every backend, and sampler, compile cache, graphs, compiling, P2P, custom all-reduce (twice) and NUMA once each."""
 
 
 @settings(max_examples=300)
 @given(
     st.sampled_from(ASKED),
-    st.builds(Effective, device=st.sampled_from(("cuda", "cpu")), enforce_eager=st.booleans(), attention_backend=st.one_of(st.none(), st.sampled_from((*AUTO_BACKENDS, *MLA_BACKENDS))), tensor_parallel_size=st.sampled_from((1, 2))),
+    st.builds(Effective, device=st.sampled_from(("cuda", "cpu")), enforce_eager=st.booleans(), attention_backend=st.one_of(st.none(), st.sampled_from((*AUTO_BACKENDS, *MLA_BACKENDS))), tensor_parallel_size=st.sampled_from((1, 2)), world_size=st.sampled_from((1, 2)), numa_bind=st.booleans()),
     st.sampled_from((AUTO_BACKENDS, ("TRITON_ATTN", "FLASH_ATTN"), ("FLASHMLA",), ())),
-    st.lists(st.builds(Failure, kind=st.sampled_from(Kind), detail=st.sampled_from(DETAILS), place=st.sampled_from(Place)), min_size=1, max_size=60),
+    st.lists(st.builds(Failure, kind=st.sampled_from(Kind), detail=st.sampled_from(DETAILS), place=st.sampled_from(Place), no_p2p=st.sampled_from(((), ("GPU 0 and 1 (not supported)",)))), min_size=1, max_size=60),
 )  # fmt: skip
 def test_whatever_fails_each_way_is_gone_once_and_it_ends(
     asked: dict[str, Any], now: Effective, backends: tuple[str, ...], failures: list[Failure]
@@ -327,5 +367,6 @@ def test_whatever_fails_each_way_is_gone_once_and_it_ends(
         assert not answer.is_rung
         assert " -> " in answer.reason
         assert failure.detail in answer.reason
-        assert answer.arguments.keys() <= {"attention_backend", "attention_config", "compilation_config", "disable_custom_all_reduce", "enforce_eager"}  # fmt: skip
+        assert answer.arguments.keys() <= {"attention_backend", "attention_config", "compilation_config", "disable_custom_all_reduce", "enforce_eager", *UNBOUND[0]}  # fmt: skip
+        assert now.world_size > 1 or "NCCL_P2P_DISABLE" not in answer.env
     assert len(at.steps) <= LONGEST_WALK

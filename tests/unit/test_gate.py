@@ -14,9 +14,12 @@ from prometheus_client import REGISTRY
 
 from llm_serve import metrics, passage
 from llm_serve.core.admission import Load, reserve
+from llm_serve.core.edge import Edge
+from llm_serve.core.hosts import Hosts
+from llm_serve.core.settings import LimitSettings
 from llm_serve.core.status import Snapshot
 from llm_serve.engine.openai_routes import allowed
-from llm_serve.web import operations
+from llm_serve.web import hold, operations
 from llm_serve.web.asgi import Message, Receive, Scope, Send
 from llm_serve.web.gate import Gate
 from llm_serve.web.keys import Keys
@@ -264,7 +267,6 @@ def test_a_wrong_key_is_compared_with_every_key(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
         "",
         "*",
         "//v1/models",
@@ -435,8 +437,8 @@ async def test_a_body_survives_the_wait(pieces: tuple[bytes, ...]) -> None:
     assert [(COMPLETIONS, b"".join(pieces))] == model.seen
 
 
-async def test_a_body_that_is_still_on_its_way_survives_the_wait() -> None:
-    """A read that is under way when the gate opens is handed to the model, not lost."""
+async def test_a_body_that_is_still_on_its_way_takes_no_place() -> None:
+    """Neither in the queue nor in the engine: whoever sends half a request keeps nobody else from either."""
     door, model, rest, answers = gate(), Model(), asyncio.Queue[Message](), list[Message]()
     rest.put_nowait({"type": "http.request", "body": b"one ", "more_body": True})
     scope: Scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": []}
@@ -445,9 +447,9 @@ async def test_a_body_that_is_still_on_its_way_survives_the_wait() -> None:
         answers.append(message)
 
     task = asyncio.create_task(door(scope, rest.get, send))
-    await until(lambda: door.held and not rest.qsize())
-    door.open(model)
-    await until(lambda: not door.held)
+    await until(lambda: not rest.qsize())
+    door.open(model, slots=1)
+    assert (0, 0, 1) == (door.held, door._admission.inside, door.in_flight)
     rest.put_nowait({"type": "http.request", "body": b"two", "more_body": False})
     await task
 
@@ -988,18 +990,91 @@ async def test_a_body_of_just_the_limit_passes(headers: dict[str, str]) -> None:
     assert 200 == (await Call(pieces=(b"x" * 1000, b"x" * 1000), headers=headers).ask(door)).status
 
 
-async def test_bodies_that_wait_share_a_budget() -> None:
-    """What is read ahead is bounded for all together; the rest stays in the network, and arrives whole in the end."""
-    door, model = gate(), Model()
+async def test_long_bodies_share_a_budget_and_short_ones_need_none() -> None:
+    """What is read is bounded for all together; what finds no room stays in the network and is refused in the end."""
+    door, model = gate(hold_timeout_s=0.0), Model()
+    door.open(model)
     door._budget.left = 2500
-    calls = [Call(pieces=(b"a" * 1000, b"b" * 1000, b"c" * 1000)) for _ in range(2)]
+    half_sent, rest = asyncio.Queue[Message](), b"b" * 70_000
+    half_sent.put_nowait({"type": "http.request", "body": b"a" * 70_000, "more_body": True})
+    scope: Scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": []}
+    ignored = Call()
+    slow = asyncio.create_task(door(scope, half_sent.get, ignored._send))
+    await until(lambda: door._budget.left < 0)
 
-    async with waiting(door, *calls) as tasks:
-        for _ in range(50):
-            await asyncio.sleep(0)
-        assert -2000 < door._budget.left <= 0  # each had a read under way when the budget ended
+    short = await Call(pieces=(b"s" * 1000, b"s" * 60_000)).ask(door)
+    long = await Call(pieces=(b"l" * 70_000, b"l" * 70_000)).ask(door)
+    half_sent.put_nowait({"type": "http.disconnect"})
+    await slow
+    after = await Call(pieces=(rest[:65_000], rest[65_000:])).ask(door)
+
+    assert (200, 503, 200) == (short.status, long.status, after.status)
+    assert "engine_unavailable" == long.error["code"]
+    assert int(long.head["retry-after"]) > 0
+    assert [61_000, 70_000] == [len(body) for _, body in model.seen]
+    assert (2500, 0) == (door._budget.left, door.in_flight)
+
+
+async def test_a_budget_that_frees_up_lets_a_long_body_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for, as long as for an engine."""
+    monkeypatch.setattr(hold, "_LOOK_AGAIN_S", 0.001)
+    door, model = gate(), Model()
+    door.open(model)
+    other = hold.Body(asyncio.Queue[Message]().get, door._budget)
+    door._budget.take(other, door._budget.left)
+    task = asyncio.create_task(Call(pieces=(b"l" * 70_000, b"l" * 70_000)).ask(door))
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    other.close()
+
+    assert 200 == (await task).status
+    assert [140_000] == [len(body) for _, body in model.seen]
+
+
+# What a body may ask for.
+def guarded(model: Model | None = None, **limits: Any) -> Gate:
+    """A gate that looks into bodies, open where there is a model."""
+    door = gate(edge=Edge.of(LimitSettings(), {}), **limits)
+    if model is not None:
         door.open(model)
-        await asyncio.gather(*tasks)
+    return door
 
-    assert [3000, 3000] == [len(body) for _, body in model.seen]
-    assert 2500 == door._budget.left
+
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_what_is_not_allowed_is_told_at_once(is_open: bool) -> None:
+    """Before it waits, and before the model sees any of it: 400 with the field and the setting."""
+    model, before = Model(), counted("rejected")
+    door = guarded(model if is_open else None)
+
+    call = await Call(pieces=(b'{"prompt": "a", ', b'"n": 9}')).ask(door)
+
+    assert (400, "n", "over_limit") == (call.status, call.error["param"], call.error["code"])
+    assert "`n` is 9, and at most 8 are allowed here (limits.max_choices)." == call.error["message"]
+    assert ([], 0, 0, before + 1) == (model.seen, door.in_flight, door.held, counted("rejected"))
+
+
+async def test_other_limits_count_from_the_next_request() -> None:
+    """A changed file changes what may be asked for."""
+    model = Model()
+    door = guarded(model)
+    edge = Edge.of(LimitSettings(max_choices=9), {})
+    door.reconfigure(Keys(()), Limits(max_queued=1, hold_timeout_s=1.0, edge=edge), open_metrics=False)
+
+    assert 200 == (await Call(pieces=(b'{"n": 9}',)).ask(door)).status
+
+
+# By which name we are called.
+@pytest.mark.parametrize("path", ["/", "/livez", "/status", "/v1/models", COMPLETIONS, "/nothing"])
+async def test_a_foreign_name_is_refused_on_every_path(path: str) -> None:
+    """A web page whose name was made to point here gets 421, whatever it asks for."""
+    door, model = gate(), Model()
+    door.open(model)
+    door.reconfigure(Keys(()), Limits(1, 1.0), open_metrics=True, hosts=Hosts(frozenset()))
+
+    foreign = await Call(path, headers={"host": "evil.example:8000"}).ask(door)
+    own = await Call(path, headers={"host": "localhost:8000"}).ask(door)
+
+    assert (421, "unknown_host") == (foreign.status, foreign.error["code"])
+    assert "server.hosts" in foreign.error["message"]
+    assert own.status != 421
+    assert len(model.seen) == (path == COMPLETIONS)

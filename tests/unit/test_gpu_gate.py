@@ -96,14 +96,17 @@ def refuse(_: str) -> None:
     [
         ((0,), None, [0]),
         ((0, 1, 2), None, [0, 1, 2]),
-        ((0, 1, 2), (2, 0), [0, 2]),
+        ((0, 1, 2), (2, 0), [2, 0]),
         ((0, 2), (2,), [2]),
+        ((0, 1, 2), ("GPU-2", "GPU-0"), [2, 0]),
+        ((0, 1, 2), ("00000000:01:00.0",), [1]),
+        ((0, 1, 26), ("00000000:1A:00.0", 1, "GPU-0"), [26, 1, 0]),
     ],
 )
 async def test_gpus_that_are_there_are_returned_at_once(
-    there: tuple[int, ...], wanted: tuple[int, ...] | None, expected: list[int]
+    there: tuple[int, ...], wanted: tuple[int | str, ...] | None, expected: list[int]
 ) -> None:
-    """Those that are wanted, or all; nothing is told."""
+    """Those that are wanted, by whatever name and in that order, or all; nothing is told."""
     look = Looks(FakeGpus(there))
 
     found = await wait_for_gpus(look, wanted, is_needed=True, timeout_s=LONG_S, tell=refuse, nodes=())
@@ -160,6 +163,17 @@ async def test_in_the_end_it_says_what_was_seen_and_what_to_do() -> None:
         "GPU 1 is not there: the driver shows 1 GPU (0 NVIDIA H200); GPU 1: GPU is lost, after 0.1 s. Look at "
         "nvidia-smi and at the kernel log (journalctl -k -g NVRM). gpu.wait_timeout_s is how long a start waits."
     ) == str(refusal.value)
+
+
+async def test_who_asks_by_uuid_is_shown_uuids() -> None:
+    """And PCI addresses: whatever is wrong with the name can be seen."""
+    with pytest.raises(HostError) as refusal:
+        await wait_for_gpus(Looks(FakeGpus((0, 3))), ("GPU-7",), is_needed=True, timeout_s=0, tell=lambda _: None)
+
+    assert (
+        "GPU 7 is not there: the driver shows 2 GPUs (0 NVIDIA H200 GPU-0 at 00000000:00:00.0, "
+        "3 NVIDIA H200 GPU-3 at 00000000:03:00.0)"
+    ) in str(refusal.value)
 
 
 async def test_the_last_look_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import llm_serve
 
 ROOT = Path(llm_serve.__file__).parent
-CORE = sorted((ROOT / "core").glob("*.py"))
+CORE = sorted((ROOT / "core").rglob("*.py"))
 EVERYTHING = sorted(ROOT.rglob("*.py"))
 
 PURE = frozenset(
@@ -33,12 +33,17 @@ PURE = frozenset(
         "json",
         "math",
         "pydantic",
+        "pydantic_core",
         "re",
         "signal",
+        "textwrap",
         "tomllib",
         "types",
         "typing",
+        "unicodedata",
         "llm_serve.core",
+        "llm_serve.core.doctor",
+        "llm_serve.core.terminal",
     }
 )
 """What the core may import: nothing here opens, waits or looks at a clock (of `signal` only the names are used)."""
@@ -80,11 +85,15 @@ def test_signals_are_only_named_in_the_core() -> None:
     assert {"Signals", "SIGKILL"} == used
 
 
+STRESS = ("child", "memory", "operations", "products", "rig")
+
+
 @pytest.mark.parametrize("name", ["vllm", "torch", "transformers"])
 def test_only_engine_imports_vllm(name: str) -> None:
     """engine/ is the border: a new vLLM can break nothing outside it."""
-    # The demo's model is converted in a process of its own, which needs no vLLM.
-    allowed = set() if name == "vllm" else {ROOT / "host/demo_convert.py"}
+    # The demo's model is converted, and GPUs are tested, in processes of their own, which need no vLLM.
+    apart = {ROOT / "host/demo_convert.py"} if name != "vllm" else set()
+    allowed = apart | {ROOT / f"stress/{each}.py" for each in STRESS if name == "torch"}
     found = {
         path
         for path in EVERYTHING
@@ -101,10 +110,43 @@ def test_the_relay_needs_the_standard_library_alone() -> None:
     assert set() == foreign
 
 
-HEAVY = ("vllm", "torch", "transformers", "fastapi", "uvicorn", "starlette", "prometheus_client", "structlog")
+HEAVY = (
+    "vllm",
+    "torch",
+    "transformers",
+    "fastapi",
+    "uvicorn",
+    "starlette",
+    "prometheus_client",
+    "structlog",
+    "aiohttp",
+)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["check", "--help"]])
+def test_the_daemon_answers_before_it_has_loaded_vllm() -> None:
+    """Whatever its loop needs is there without it, front ends of its own making included."""
+    code = (
+        "import sys\n"
+        "import llm_serve.cli.run, llm_serve.supervisor, llm_serve.door, llm_serve.front_ends, llm_serve.birth\n"
+        "import llm_serve.engine.attach, llm_serve.engine.orphans\n"
+        "print(*sorted({'vllm', 'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+
+    assert "" == done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("run", "check", "doctor", "import", "plan", "bench", "stress", "targets")),
+        *([name, "--help"] for name in ("status", "top")),
+    ],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     """The command line is there at once: vLLM, torch and the web server are loaded by what needs them."""
     code = (

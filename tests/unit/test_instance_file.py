@@ -208,6 +208,10 @@ def test_environment_values_become_text() -> None:
         ("VLLM_SERVER_DEV_MODE = 1", "routes"),
         ('VLLM_ALLOW_INSECURE_SERIALIZATION = "true"', "pickled"),
         ('VLLM_ALLOW_RUNTIME_LORA_UPDATING = "1"', "files"),
+        ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD = 1", "unpacked"),
+        ("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION = 1", "another's name"),
+        ('LD_PRELOAD = "/tmp/a.so"', 'server.allow_env = ["LD_PRELOAD"]'),
+        ('PYTHONPATH = "/tmp"', "foreign code"),
         ('VLLM_API_KEY = "secret-key-1"', "server.api_keys"),
         ('VLLM_RPC_BASE_PATH = "/x"', "llm-serve sets it"),
         ('TMPDIR = "/x"', "llm-serve sets it"),
@@ -232,6 +236,29 @@ def test_an_environment_that_would_do_harm_is_refused(line: str, reason: str) ->
 def test_a_dangerous_switch_that_is_off_is_accepted() -> None:
     """Writing down that a door is shut is no mistake."""
     assert parse('model = "m"\n[engine.env]\nVLLM_SERVER_DEV_MODE = 0\n').engine_env
+
+
+def test_a_dangerous_variable_is_accepted_where_the_file_says_so() -> None:
+    """tcmalloc is preloaded for good reasons; only the variable that is named is."""
+    allowing = 'model = "m"\n[server]\nallow_env = ["LD_PRELOAD"]\n[engine.env]\nLD_PRELOAD = "/lib/tcmalloc.so"\n'
+
+    assert parse(allowing).engine_env == {"LD_PRELOAD": "/lib/tcmalloc.so"}
+    assert 1 == len(problems(allowing + 'PYTHONPATH = "/a"\n'))
+    assert 2 == len(problems(allowing.replace('["LD_PRELOAD"]', '"LD_PRELOAD"')))
+
+
+def test_limits_and_names_are_read() -> None:
+    """A list of the file is what the settings hold; what limits.allow cannot open is named."""
+    text = 'model = "m"\n[server]\nhosts = ["llm.example"]\n[limits]\nmax_choices = 64\nallow = ["vllm_xargs"]\n'
+    settings = parse(text)
+
+    assert (("llm.example",), 64, ("vllm_xargs",)) == (
+        settings.server.hosts, settings.limits.max_choices, settings.limits.allow,
+    )  # fmt: skip
+    (problem,) = problems(text.replace('"vllm_xargs"', '"chat_template"'))
+    assert "limits.allow" in problem
+    (unknown,) = problems(text.replace("max_choices", "max_choises"))
+    assert "Did you mean max_choices?" in unknown
 
 
 def test_devices_are_named_in_one_place_only() -> None:
@@ -267,15 +294,18 @@ def test_more_processes_than_devices_are_refused_with_the_product() -> None:
 
     (problem,) = problems(text)
 
+    assert problem.startswith("a.toml:6: gpu.devices: ")
     assert "tensor_parallel_size 2 x pipeline_parallel_size 2 = 4 GPUs, but devices names 2" in problem
     assert parse(text.replace("pipe", 'distributed_executor_backend = "ray"\npipe')).engine
 
 
-def test_only_one_front_end_is_possible_and_the_message_says_so() -> None:
-    """A number that a later version will take is refused by this one in clear words."""
-    (problem,) = problems('model = "m"\n[server]\nfront_ends = 4\n')
+@pytest.mark.parametrize("number", [0, 65])
+def test_a_number_of_front_ends_that_helps_nobody_is_refused(number: int) -> None:
+    """None at all serves nobody; more than there are cores on any machine only take memory."""
+    (problem,) = problems(f'model = "m"\n[server]\nfront_ends = {number}\n')
 
-    assert "this version" in problem
+    assert "front_ends" in problem
+    assert 4 == parse('model = "m"\n[server]\nfront_ends = 4\n').server.front_ends
 
 
 @pytest.mark.parametrize("value", ["1979-05-27", "07:32:00", "inf", "nan", "[1, inf]", "{ a = nan }"])

@@ -8,7 +8,8 @@ import pytest
 
 from llm_serve.core.errors import ConfigError
 from llm_serve.core.settings import ServerSettings, Settings
-from llm_serve.host.instances import instance_names, instance_path, read_api_keys, read_instance
+from llm_serve.host.instances import read_api_keys, read_instance
+from llm_serve.host.names import instance_names, instance_path
 
 
 @pytest.fixture

@@ -354,3 +354,31 @@ def test_the_journal_is_known_by_its_stream(monkeypatch: pytest.MonkeyPatch) -> 
     assert "console" == logs._choose()
     monkeypatch.delenv("JOURNAL_STREAM")
     assert "console" == logs._choose()
+
+
+# What is kept for who shows it.
+def test_the_last_events_are_kept_without_requests_and_without_words_of_others() -> None:
+    """The daemon's own, with what explains them; bounded in number and in length."""
+    logs.recent.clear()
+    logs.set_up("x", level="debug", output_format="json")
+    log = get_logger()
+    log.info("serving -> recovering", why="killed", epoch=2, token="no")
+    log.error("engine failed", kind="killed", failure="x" * 10_000)
+    log.info("request", path="/v1/completions", request_id="r")
+    log.debug("detail")
+    log.info("loaded", vllm_process="EngineCore", logger="vllm")
+    logging.getLogger("uvicorn").warning("somebody hung up")
+
+    kept = list(logs.recent)
+
+    assert [("info", "serving -> recovering"), ("error", "engine failed")] == [
+        (each["level"], each["event"]) for each in kept
+    ]
+    assert {"why": "killed"} == kept[0]["said"]
+    assert abs(time.time() - kept[0]["time"]) < 60
+    assert 1000 > len(json.dumps(kept[1]))
+    for number in range(1000):
+        log.info("event", why=number)
+    assert 200 == len(logs.recent)
+    assert {"why": "999"} == logs.recent[-1]["said"]
+    logs.recent.clear()

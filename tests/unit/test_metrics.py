@@ -12,8 +12,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from llm_serve import metrics
+from llm_serve.core.evidence import Kind
 from llm_serve.core.machine import State
-from llm_serve.core.status import Snapshot
+from llm_serve.core.status import FrontEndStatus, Snapshot
 from llm_serve.core.telemetry import THROTTLE_REASONS, Reading
 
 NOW = Snapshot(
@@ -76,6 +77,17 @@ def test_every_outcome_is_there_from_the_start() -> None:
         assert f'llm_serve_requests_total{{outcome="{outcome}"}}' in rendered
 
 
+@pytest.mark.usefixtures("_registered")
+def test_the_first_failure_of_a_kind_is_a_rise() -> None:
+    """Prometheus sees no increase in a series that begins with 1."""
+    rendered = metrics.render().decode()
+
+    for kind in Kind:
+        assert f'llm_serve_engine_failures_total{{kind="{kind}"}}' in rendered
+    for reason in ("start", "reload", "step_up", *Kind):
+        assert f'llm_serve_engine_starts_total{{reason="{reason}"}}' in rendered
+
+
 def test_exactly_one_state_is_one() -> None:
     """Every state has a sample, and the current one is 1."""
     for state in State:
@@ -102,13 +114,20 @@ def test_labels_survive_odd_characters() -> None:
 
 
 def test_values_are_those_of_the_snapshot() -> None:
-    """Progress, rung and uptime are passed on as they are."""
-    found = scrape(dataclasses.replace(NOW, rung=2))
-
-    assert (0.4, 2.0, 12.5) == tuple(
-        found[f"llm_serve_{name}"].samples[0].value
-        for name in ("start_progress_ratio", "rung", "process_uptime_seconds")
+    """Progress, rung, uptime and what the gate and the watch see are passed on as they are."""
+    place = FrontEndStatus(0, 1, 1, 0, 0, 0, 0)
+    now = dataclasses.replace(
+        NOW, rung=2, engine_stalled_s=3.5, requests_in_flight=7, max_queued=256, front_ends=(place, place)
     )
+
+    values = {name: family.samples[0].value for name, family in scrape(now).items()}
+
+    expected = {
+        "start_progress_ratio": 0.4, "rung": 2.0, "process_uptime_seconds": 12.5, "engine_stalled_seconds": 3.5,
+        "requests_in_flight": 7.0, "max_queued": 256.0, "front_ends": 2.0,
+    }  # fmt: skip
+    assert expected == {name: values[f"llm_serve_{name}"] for name in expected}
+    assert 1.0 == scrape()["llm_serve_front_ends"].samples[0].value
 
 
 def test_counters_of_an_engine_go_on_where_the_last_one_ended() -> None:

@@ -67,6 +67,7 @@ class Library:
     NVML_ERROR_NOT_SUPPORTED = pynvml.NVML_ERROR_NOT_SUPPORTED
     NVML_ERROR_FUNCTION_NOT_FOUND = pynvml.NVML_ERROR_FUNCTION_NOT_FOUND
     NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
+    NVML_TEMPERATURE_THRESHOLD_SLOWDOWN = pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
     NVML_MEMORY_ERROR_TYPE_CORRECTED = pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
     NVML_AGGREGATE_ECC = pynvml.NVML_AGGREGATE_ECC
@@ -74,6 +75,7 @@ class Library:
 
     def __init__(self, *devices: Device) -> None:
         self.given = devices
+        self.p2p: dict[tuple[int, int, int], int] = {}
         self.opened = 0
         self.waits = 0
         self.freed = 0
@@ -103,6 +105,11 @@ class Library:
     def nvmlDeviceGetName(self, handle: ctypes.c_void_p) -> Any:
         return self.given[index_of(handle)].name
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: ctypes.c_void_p) -> tuple[int, int]:
+        if not self.given[index_of(handle)].has_sensors:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return 9, 0
+
     def nvmlDeviceGetPciInfo(self, handle: ctypes.c_void_p) -> Any:
         return SimpleNamespace(busId=f"00000000:{index_of(handle):02X}:00.0".encode())
 
@@ -125,6 +132,13 @@ class Library:
         assert sensor == pynvml.NVML_TEMPERATURE_GPU
         return int(self._sensor(handle, 61))
 
+    def nvmlDeviceGetTemperatureThreshold(self, handle: ctypes.c_void_p, threshold: int) -> int:
+        assert threshold == pynvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
+        return int(self._sensor(handle, 92))
+
+    def nvmlDeviceGetMarginTemperature(self, handle: ctypes.c_void_p) -> int:
+        return int(self._sensor(handle, 27))
+
     def nvmlDeviceGetPowerUsage(self, handle: ctypes.c_void_p) -> int:
         return int(self._sensor(handle, 699_500))
 
@@ -142,6 +156,11 @@ class Library:
     def nvmlDeviceGetTotalEccErrors(self, handle: ctypes.c_void_p, errorType: int, counterType: int) -> int:
         assert counterType == pynvml.NVML_AGGREGATE_ECC
         return int(self._sensor(handle, {pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED: 12}.get(errorType, 1)))
+
+    def nvmlDeviceGetP2PStatus(self, device1: ctypes.c_void_p, device2: ctypes.c_void_p, p2pIndex: int) -> int:
+        assert type(p2pIndex) is int, "the package has a tuple for NVML_P2P_CAPS_INDEX_READ"
+        pair = (index_of(device1), index_of(device2))
+        return int(self.p2p.get((*pair, p2pIndex), pynvml.NVML_P2P_STATUS_OK))
 
     def nvmlEventSetCreate(self) -> str:
         return "events"
@@ -220,7 +239,7 @@ def test_the_fake_is_like_the_real_package() -> None:
     counts = {name: len(inspect.signature(getattr(Library, name)).parameters) - 1 for name in FUNCTIONS}
 
     assert {name: len(inspect.signature(getattr(pynvml, name)).parameters) for name in FUNCTIONS} == counts
-    assert 20 == len(FUNCTIONS)
+    assert 24 == len(FUNCTIONS)
 
 
 # What there is.
@@ -229,11 +248,39 @@ def test_gpus_are_described(open_with: Open) -> None:
     gpus, _ = open_with(Device(), Device(name=b"NVIDIA L4", used=3 * GIB))
 
     assert (
-        Gpu(0, "GPU-0", "NVIDIA H200", "00000000:00:00.0", 141 * GIB),
-        Gpu(1, "GPU-1", "NVIDIA L4", "00000000:01:00.0", 141 * GIB),
+        Gpu(0, "GPU-0", "NVIDIA H200", "00000000:00:00.0", 141 * GIB, (9, 0)),
+        Gpu(1, "GPU-1", "NVIDIA L4", "00000000:01:00.0", 141 * GIB, (9, 0)),
     ) == gpus.devices()
     assert GpuMemory(used=3 * GIB, free=138 * GIB, total=141 * GIB) == gpus.memory(1)
     assert ("", False, ()) == (gpus.reason, gpus.is_permanent, gpus.problems())
+
+
+READ, WRITE = 0, 1
+
+
+def test_pairs_without_p2p_are_named(open_with: Open) -> None:
+    """Of the GPUs asked for, in either direction, with the driver's reason; what it does not know is no pair."""
+    gpus, library = open_with(Device(), Device(), Device(), Device(is_lost=True))
+    library.p2p = {
+        (0, 1, READ): pynvml.NVML_P2P_STATUS_CHIPSET_NOT_SUPPORTED,
+        (1, 2, WRITE): pynvml.NVML_P2P_STATUS_NOT_SUPPORTED,
+        (0, 2, READ): pynvml.NVML_P2P_STATUS_UNKNOWN,
+    }
+
+    assert ("GPU 0 and 1 (the chipset does not support it)", "GPU 1 and 2 (not supported)") == gpus.without_p2p(
+        (0, 1, 2)
+    )
+    assert () == gpus.without_p2p((0, 2)) == gpus.without_p2p((1,)) == gpus.without_p2p(())
+    assert () == gpus.without_p2p((0, 3))
+    assert "P2P of GPU 0 and 3: GPU is lost" in gpus.problems()
+
+
+def test_every_reason_against_p2p_has_words() -> None:
+    """Each status of nvml.h but that of success and the unknown one."""
+    named = {value for name, value in vars(pynvml).items() if name.startswith("NVML_P2P_STATUS_")}
+
+    assert named - {pynvml.NVML_P2P_STATUS_OK, pynvml.NVML_P2P_STATUS_UNKNOWN} == set(nvml._NO_P2P)
+    assert nvml._P2P_WRITE == pynvml.NVML_P2P_CAPS_INDEX_WRITE
 
 
 def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -518,6 +565,20 @@ def test_a_gpu_without_sensors_is_no_problem(open_with: Open) -> None:
 
     assert Reading(0, "GPU-0", "NVIDIA H200", memory_used_bytes=0, memory_total_bytes=141 * GIB) == reading
     assert () == gpus.problems()
+
+
+def test_the_slow_down_is_told_as_a_threshold_or_as_a_margin(open_with: Open) -> None:
+    """Newer devices do not tell the threshold any more, or tell 0; then it is so far from the temperature of now."""
+    gpus, library = open_with(Device(), Device(has_sensors=False))
+    first, second = gpus.devices()
+
+    assert 92.0 == gpus.slowdown_celsius(first)
+    for told in (failing(pynvml.NVML_ERROR_NOT_SUPPORTED), lambda handle, threshold: 0):
+        library.nvmlDeviceGetTemperatureThreshold = told  # type: ignore[method-assign]
+        assert 61.0 + 27.0 == gpus.slowdown_celsius(first)
+    assert gpus.slowdown_celsius(second) is None
+    assert () == gpus.problems()
+    assert NoGpus("none").slowdown_celsius(first) is None
 
 
 def test_a_gpu_that_is_lost_leaves_its_name(open_with: Open) -> None:

@@ -11,6 +11,7 @@ import pytest
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.settings import GpuSettings, Settings
 
+UUID = "0123abcd-0123-0123-0123-0123456789ab"
 PLAN = EnginePlan("m", {"max_num_seqs": 8, "hf_overrides": {"a": [1]}}, {"OMP_NUM_THREADS": "4"})
 
 
@@ -26,6 +27,21 @@ def test_the_engine_sees_the_gpus_of_the_file_alone() -> None:
     settings = Settings(name="a", source="a.toml", model="m", gpu=GpuSettings(devices=(3, 1)), engine_env={"A": "1"})
 
     assert {"A": "1", "CUDA_VISIBLE_DEVICES": "3,1"} == dict(EnginePlan.from_settings(settings).env)
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible"),
+    [
+        ((f"GPU-{UUID}", f"GPU-{UUID[:-1]}c"), f"GPU-{UUID},GPU-{UUID[:-1]}c"),
+        ((0, f"GPU-{UUID}"), None),
+        (("0000:1b:00.0",), None),
+    ],
+)
+def test_what_cuda_cannot_be_told_is_left_to_the_driver(devices: tuple[int | str, ...], visible: str | None) -> None:
+    """It knows UUIDs, but neither PCI addresses nor a mixture."""
+    settings = Settings(name="a", source="a.toml", model="m", gpu=GpuSettings(devices=devices))
+
+    assert visible == EnginePlan.from_settings(settings).env.get("CUDA_VISIBLE_DEVICES")
 
 
 def test_an_argument_is_replaced_in_a_copy() -> None:

@@ -42,10 +42,11 @@ def test_what_only_a_person_can_change_is_refused(kind: Kind) -> None:
     assert Again() == answer(struck(kind, has_served=True), COURSE, CHOICES)
 
 
-def test_a_lost_gpu_ends_the_process() -> None:
+@pytest.mark.parametrize("kind", [Kind.device_lost, Kind.unkillable])
+def test_a_lost_gpu_ends_the_process(kind: Kind) -> None:
     """No new engine helps: systemd is told, and the next process looks for the GPU again."""
-    assert GiveUp(70, "device_lost: it failed. Do this.") == answer(struck(Kind.device_lost), COURSE, CHOICES)
-    assert isinstance(answer(struck(Kind.device_lost, has_served=True), PROVEN, CHOICES), GiveUp)
+    assert GiveUp(70, f"{kind}: it failed. Do this.") == answer(struck(kind), COURSE, CHOICES)
+    assert isinstance(answer(struck(kind, has_served=True), PROVEN, CHOICES), GiveUp)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,69 @@ def test_a_change_of_plan_is_one_step(kind: Kind, times: int) -> None:
     assert isinstance(step, Step)
     assert step.kind is kind
     assert (kind is not Kind.attention_backend) == step.is_rung
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "total_gib", "is_at_once"), [(139.29, 139.80, True), (23.2, 23.7, True), (22.0, 23.7, False)]
+)
+def test_nobody_is_waited_for_where_nobody_holds_anything(free_gib: float, total_gib: float, is_at_once: bool) -> None:
+    """A file that asks for more of a GPU than there is gets what there is; the driver and a context take their part."""
+    strike = struck(Kind.memory_held)
+    free = replace(strike.failure, free_bytes=int(free_gib * 2**30), total_bytes=int(total_gib * 2**30))
+    built = replace(strike.built, gpu_memory_utilization=0.999)
+
+    assert is_at_once == isinstance(answer(replace(strike, failure=free, built=built), COURSE, CHOICES), Step)
+
+
+NO_P2P = ("GPU 0 and 1 (not supported)",)
+TP2 = replace(GPU, tensor_parallel_size=2, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "no_p2p", "times", "expected"),
+    [
+        (Kind.start_stalled, Place.start, NO_P2P, 1, Step),
+        (Kind.start_timeout, Place.profiling, NO_P2P, 1, Step),
+        (Kind.communication, Place.start, NO_P2P, 1, Step),
+        (Kind.communication, Place.serving, NO_P2P, 1, Again),
+        (Kind.communication, Place.serving, NO_P2P, 2, Step),
+        (Kind.start_stalled, Place.start, (), 1, Again),
+        (Kind.start_stalled, Place.start, (), 2, Step),
+        (Kind.crashed, Place.start, NO_P2P, 1, Again),
+    ],
+)
+def test_the_first_hang_of_gpus_without_p2p_is_no_chance(
+    kind: Kind, place: Place, no_p2p: tuple[str, ...], times: int, expected: type
+) -> None:
+    """Where the driver says so, the cure is not kept waiting for a second hang; a death while serving may be chance."""
+    strike = struck(kind, times, place, TP2)
+    strike = replace(strike, failure=replace(strike.failure, no_p2p=no_p2p))
+    found = answer(strike, COURSE, CHOICES)
+
+    assert isinstance(found, expected)
+    assert not isinstance(found, Step) or {"NCCL_P2P_DISABLE": "1"} == found.env
+    assert isinstance(answer(replace(strike, times=1, built=GPU), COURSE, CHOICES), Again), "an engine on one GPU"
+
+
+def test_when_gpus_stay_apart_without_p2p_it_goes_on_being_tried() -> None:
+    """The cure is taken once; after it the restart limit decides."""
+    strike = struck(Kind.communication, built=TP2)
+    strike = replace(strike, failure=replace(strike.failure, no_p2p=NO_P2P))
+    cure = answer(strike, COURSE, CHOICES)
+
+    assert isinstance(cure, Step)
+    assert Again() == answer(strike, COURSE.and_then(cure), CHOICES)
+
+
+def test_a_kill_for_memory_on_one_numa_node_unbinds() -> None:
+    """No smaller plan helps an engine on a GPU, but the other nodes may have memory."""
+    bound = struck(Kind.host_out_of_memory, built=replace(GPU, numa_bind=True))
+    step = answer(bound, COURSE, CHOICES)
+
+    assert isinstance(step, Step)
+    assert {"numa_bind": False, "numa_bind_nodes": None, "numa_bind_cpus": None} == step.arguments
+    assert not step.is_rung
+    assert Again() == answer(struck(Kind.host_out_of_memory), COURSE, CHOICES)
 
 
 def test_at_the_floors_a_plan_that_never_held_is_given_up() -> None:
@@ -145,7 +209,7 @@ def test_every_failure_has_an_answer(
 
     if isinstance(found, GiveUp):
         assert found.status in {70, 78}
-        assert not course.is_proven or kind is Kind.device_lost or kind in REFUSED
+        assert not course.is_proven or kind in {Kind.device_lost, Kind.unkillable} or kind in REFUSED
         assert not (has_served and found.status == 78)
     elif isinstance(found, Step):
         assert found.arguments or found.env

@@ -50,6 +50,7 @@ class Scene:
     folder: Path
     diary: list[str] = field(default_factory=list)
     collector: Collector = field(default_factory=Collector)
+    unkillable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.gpus = _Gpus(self.diary)
@@ -68,6 +69,11 @@ class Scene:
     async def kill(self, _engine: object) -> None:
         """As the factory's."""
         self.diary.append("kill")
+
+    async def remains(self, _engine: object = None) -> tuple[str, ...]:
+        """As the factory's."""
+        self.diary.append("remains")
+        return self.unkillable
 
     def pids(self) -> set[int]:
         """As the factory's: asked by the wait for GPU memory."""
@@ -104,7 +110,7 @@ def test_evidence_comes_before_the_kill(scene: Scene) -> None:
     failure = asyncio.run(scene.postmortem.of_death(scene.engine))
 
     assert Kind.killed is failure.kind
-    assert ["witnesses", "kill", "memory"] == scene.diary
+    assert ["witnesses", "kill", "remains", "memory"] == scene.diary
 
 
 @pytest.mark.parametrize("comes_after_s", [0.0, 0.05, 60.0])
@@ -127,6 +133,16 @@ def test_the_news_of_a_death_is_waited_for_but_not_for_long(
     assert took_s >= limit_s if comes_after_s > limit_s else comes_after_s <= took_s < limit_s
 
 
+def test_what_cannot_be_killed_is_the_failure(scene: Scene) -> None:
+    """Its memory is not waited for: it will not come back."""
+    scene.unkillable = ("VLLM::EngineCore (pid 7): D (disk sleep), waits in uvm_va_space_destroy",)
+    failure = asyncio.run(scene.postmortem.of_death(scene.engine))
+
+    assert Kind.unkillable is failure.kind
+    assert ["witnesses", "kill", "remains"] == scene.diary
+    assert scene.kept()[0]["evidence"]["unkillable"] == [*scene.unkillable]
+
+
 def record_of_an_end(pid: int) -> dict[str, Any]:
     """What the fork server tells of a process that was killed."""
     return {"message": "has ended", "level": "WARNING", "process": "MainProcess", "pid": 1, "ended": [pid, -9]}
@@ -139,7 +155,7 @@ def test_stacks_come_first_of_all(scene: Scene) -> None:
 
     assert Kind.stalled is failure.kind
     assert "3 requests unfinished" in failure.detail
-    assert ["stacks", "witnesses", "kill", "memory"] == scene.diary
+    assert ["stacks", "witnesses", "kill", "remains", "memory"] == scene.diary
     assert ("the engine stands still", 21.0) == (said[0]["event"], said[0]["seconds"])
 
 

@@ -62,3 +62,16 @@ def test_any_other_message_names_no_phase(message: str) -> None:
 def test_progress_is_what_changes_more_than_waiting_does(after: Marks, expected: bool) -> None:
     """A start is extended for work, for reading and for words, and not for the passing of time."""
     assert expected == is_progress(Marks(10.0, 100, 5), after, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        pytest.param(Marks(30.0, 100, 5), False, id="two cores that only spin"),
+        pytest.param(Marks(30.0, 101, 5), True, id="something read"),
+        pytest.param(Marks(30.0, 100, 6), True, id="a log line"),
+    ],
+)
+def test_processes_that_wait_for_each_others_gpus_spin(after: Marks, expected: bool) -> None:
+    """A hang of NCCL uses all of a core: while GPUs meet, only what is read or said counts."""
+    assert expected == is_progress(Marks(10.0, 100, 5), after, 10.0, spins=True)

@@ -61,6 +61,16 @@ CHANGES: dict[str, tuple[str, str, Change]] = {
         "[gpu]\ndevices = [1]\n[recovery]",
         Change(("gpu.devices",), ("gpu.devices",), needs_engine=True),
     ),
+    "the number of GPUs": (
+        "= 16",
+        "= 16\ntensor_parallel_size = 2",
+        Change(("engine.tensor_parallel_size",), ("engine.tensor_parallel_size",), needs_engine=True),
+    ),
+    "the NUMA nodes": (
+        "= 16",
+        "= 16\nnuma_bind = false",
+        Change(("engine.numa_bind",), (), needs_engine=True),
+    ),
     "a limit of the heat": (
         "[recovery]",
         "[gpu]\npause_above_celsius = 85\n[recovery]",

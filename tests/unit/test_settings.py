@@ -13,15 +13,19 @@ from llm_serve.core.budgets import (
 )
 from llm_serve.core.settings import (
     GpuSettings,
+    LimitSettings,
     Listen,
     LogSettings,
+    NetworkSettings,
     RecoverySettings,
     ServerSettings,
     Settings,
     parse_listen,
 )
 
-TABLES: tuple[type[BaseModel], ...] = (ServerSettings, RecoverySettings, GpuSettings, LogSettings, Settings)
+TABLES: tuple[type[BaseModel], ...] = (
+    ServerSettings, LimitSettings, RecoverySettings, GpuSettings, NetworkSettings, LogSettings, Settings,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_every_option_has_a_description() -> None:
 
 def test_every_default_is_within_its_own_bounds() -> None:
     """Writing a default into the file changes nothing."""
-    for table in (ServerSettings, RecoverySettings, GpuSettings, LogSettings):
+    for table in (ServerSettings, LimitSettings, RecoverySettings, GpuSettings, NetworkSettings, LogSettings):
         defaults = table()
         assert defaults == table(**defaults.model_dump())
 

@@ -8,6 +8,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
+from llm_serve.core import tally
 from llm_serve.core.admission import Load
 from llm_serve.engine.steps import StepWatch
 
@@ -119,3 +120,43 @@ def test_the_load_of_all_cores_is_told_after_each_step(engine: Engine) -> None:
     engine.watch.record(second, None, engine_idx=1)
 
     assert [Load(3, 3, 0.5), Load(7, 3, 0.5)] == told
+
+
+def test_other_clients_of_the_engine_count(engine: Engine) -> None:
+    """Their requests are work to be done, and a step that only they were told of is one."""
+    theirs = [1]
+    engine.watch.share(lambda: theirs[0])
+
+    assert [engine.stalled_at(at) for at in (5000, 5003)] == [0.0, 3.0]
+    engine.watch.heard_of_step(5002)
+    engine.watch.heard_of_step(4000)
+    assert engine.stalled_at(5004) == 2.0
+    theirs[0] = 0
+    assert engine.stalled_at(6000) == 0.0
+
+
+def test_what_clients_get_is_counted_from_their_first_request_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token of all is asked for by the daemon itself, before anybody is let in."""
+    counted = tally.Tally()
+    monkeypatch.setattr(tally, "HERE", counted)
+    stats = IterationStats()
+    stats.num_generation_tokens, stats.time_to_first_tokens_iter = 3, [0.2]
+    stats.prompt_token_stats.total = 7
+
+    engine.watch.record(None, stats)
+    before = list(counted.cells)
+    engine.watch.tell(lambda _: None)
+    engine.watch.record(None, stats)
+
+    assert 0.0 == sum(before)
+    assert [7.0, 3.0, 1.0] == [*counted.cells[:2], sum(counted.cells[2:])]
+
+
+def test_the_load_is_that_of_the_last_step(engine: Engine) -> None:
+    """Also before there was one."""
+    before = engine.watch.load
+    engine.step_at(101, running=2, waiting=3, used=0.25)
+
+    assert (Load(), Load(2, 3, 0.25)) == (before, engine.watch.load)

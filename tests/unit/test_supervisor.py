@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from llm_serve import supervisor as module
+from llm_serve.core.admission import IDLE
 from llm_serve.core.course import Course, Effective
 from llm_serve.core.evidence import Failure, Kind
 from llm_serve.core.instance_file import parse_instance
@@ -21,6 +22,7 @@ from llm_serve.core.plan import EnginePlan
 from llm_serve.core.telemetry import Reading
 from llm_serve.engine_room import EngineRoom
 from llm_serve.host import boot
+from llm_serve.host.closed_network import OPEN
 from llm_serve.host.systemd import Silence
 from llm_serve.instance import Instance
 from llm_serve.supervisor import Supervisor
@@ -70,7 +72,8 @@ class Factory:
     """Builds engines at once, but for the plans in `refused`."""
 
     def __init__(self) -> None:
-        self.built, self.idle_s, self.origin = Effective(), 0.0, ""
+        self.built, self.idle_s, self.origin, self.network = Effective(), 0.0, "", OPEN
+        self.stalled_s = 0.0
         self.alive: list[int] = []
         self.plans: list[int] = []
         self.refused: set[int] = set()
@@ -90,9 +93,13 @@ class Factory:
         if seqs in self.refused:
             raise RuntimeError("refused")
         self.alive.append(epoch)
-        steps = SimpleNamespace(last_step_at=None, stalled_for_s=lambda: 0.0, tell=lambda note: None)
+        steps = SimpleNamespace(
+            last_step_at=None, stalled_for_s=lambda: self.stalled_s, tell=lambda note: None, load=IDLE
+        )
         args = SimpleNamespace(data_parallel_size=1)
-        return SimpleNamespace(epoch=epoch, steps=steps, args=args, processes=[], is_dead=False, llm=SimpleNamespace())
+        return SimpleNamespace(
+            epoch=epoch, steps=steps, args=args, tasks=(), processes=[], is_dead=False, llm=SimpleNamespace()
+        )
 
     async def stop(self, engine: Any) -> None:
         """The engine is gone."""
@@ -190,9 +197,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> RigMaker:
 
     async def bind(self: EngineRoom, engine: Any, _instance: Instance) -> None:
         engine.factory = self._factory
-        self._survivor = SimpleNamespace(
-            unbind=lambda: None, end=lambda why: None, explain=lambda may_be_a_request: None
-        )
+        self.survivor = SimpleNamespace(unbind=lambda: None, end=lambda why: None, explain=lambda **_: None)
 
     @asynccontextmanager
     async def make() -> AsyncIterator[Rig]:
@@ -202,7 +207,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> RigMaker:
             return built.host
 
         monkeypatch.setattr(module, "ready_host", ready_host)
-        monkeypatch.setattr(boot, "check_host", lambda _: None)
+        monkeypatch.setattr(boot, "check_host", lambda *_: None)
         monkeypatch.setattr(EngineRoom, "_bind", bind)
         running = asyncio.create_task(built.supervisor.run([]))
         await built.in_state(State.serving)
@@ -214,6 +219,20 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> RigMaker:
         assert [] == built.factory.alive
 
     return make
+
+
+async def test_how_long_the_engine_has_stood_still_is_told(rig: RigMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the watch judges it, so that an alarm comes before the remedy; the next engine begins anew."""
+    monkeypatch.setattr(module, "_WATCH_EVERY_S", 0.01)
+    async with rig() as here:
+        here.factory.stalled_s = 3.0
+        await asyncio.sleep(0.1)
+        assert 3.0 == here.supervisor.snapshot().engine_stalled_s
+
+        here.factory.stalled_s = 0.0
+        await here.supervisor.offer(NEW, needs_engine=True)
+        await here.until(lambda now: now.epoch == 2 and now.state is State.serving)
+        assert 0.0 == here.supervisor.snapshot().engine_stalled_s
 
 
 async def test_another_engine_is_built_when_the_last_has_finished(rig: RigMaker) -> None:

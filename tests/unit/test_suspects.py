@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llm_serve.core.suspects import Suspects
+from llm_serve.host.board import Board, Seat
 
 
 def in_flight(names: Iterable[str], at: float = 0.0) -> Suspects:
@@ -231,3 +232,69 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+class Ledgers:
+    """The ledgers of two front ends before one engine."""
+
+    def __init__(self) -> None:
+        board = Board(2)
+        self.each = [Suspects(Seat(board, place)) for place in range(2)]
+
+    def give(self, place: int, *names: str) -> None:
+        """These are with the engine."""
+        for name in names:
+            if name not in self.each[place]._records:
+                self.each[place].enter(name)
+            self.each[place].give(name, 0.0)
+
+    def die(self) -> None:
+        """Each says what it has lost, and hears of all."""
+        everywhere = sum(ledger.engine_lost(10.0) for ledger in self.each)
+        for ledger in self.each:
+            ledger.verdict(may_be_a_request=True, everywhere=everywhere)
+
+    def may_run(self, *names: str) -> list[str]:
+        """Those of these, the first ledger's in capitals, that the engine may have."""
+        return [name for name in names if self.each[name.islower()].may_run(name)]
+
+
+def test_company_at_another_front_end_is_company() -> None:
+    """The only one of its front end was not alone: it is suspected, and not guilty."""
+    ledgers = Ledgers()
+    for _ in range(2):
+        ledgers.give(0, "A")
+        ledgers.give(1, "b")
+        ledgers.die()
+
+    assert not ledgers.each[0].is_guilty("A")
+    assert not ledgers.each[1].is_guilty("b")
+
+
+def test_a_trial_is_alone_before_all_front_ends() -> None:
+    """One suspect at a time, the first front end's first, each in an empty engine; whoever is new waits everywhere."""
+    ledgers = Ledgers()
+    for _ in range(2):
+        ledgers.give(0, "A", "B")
+        ledgers.give(1, "c")
+        ledgers.die()
+    for place, name in ((0, "N"), (1, "n")):
+        ledgers.each[place].enter(name)
+    everybody = ("A", "B", "N", "c", "n")
+
+    assert ["A"] == ledgers.may_run(*everybody)
+    ledgers.give(0, "A")
+    assert [] == ledgers.may_run("B", "N", "c", "n")
+    ledgers.each[0].leave("A")
+    assert ["B"] == ledgers.may_run("B", "N", "c", "n")
+    ledgers.give(0, "B")
+    ledgers.each[0].clear("B")  # it goes on for long, and nobody may join the next suspect
+    assert [] == ledgers.may_run("N", "c", "n")
+    ledgers.each[0].leave("B")
+    assert ["c"] == ledgers.may_run("N", "c", "n")
+    ledgers.give(1, "c")
+    ledgers.die()
+
+    assert ledgers.each[1].is_guilty("c")
+    ledgers.each[1].leave("c")
+    assert ["N", "n"] == ledgers.may_run("N", "n")

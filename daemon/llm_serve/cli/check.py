@@ -17,8 +17,10 @@ from llm_serve.core.budgets import budgets
 from llm_serve.core.errors import ConfigError, HostError, Problem
 from llm_serve.core.instance_file import check_exposure
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.settings import Settings
-from llm_serve.host.instances import CONFIG_DIRECTORY, read_api_keys, read_instance
+from llm_serve.core.settings import TABLES, Settings
+from llm_serve.host.instances import read_api_keys, read_instance
+from llm_serve.host.names import CONFIG_DIRECTORY
+from llm_serve.host.nvml import open_gpus
 
 CREDENTIAL_STORES = ("/etc/credstore", "/etc/credstore.encrypted", "/run/credstore")
 
@@ -34,7 +36,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, object]:
         """Return the verdict as `--json` prints it."""
-        tables = self.settings.model_dump(include={"server", "recovery", "gpu", "log"})
+        tables = self.settings.model_dump(include=set(TABLES))
         return {
             "instance": self.settings.name,
             "file": self.settings.source,
@@ -75,6 +77,7 @@ def examine(target: str) -> Verdict:
     settings, text = read_instance(target)
     problems: list[Problem] = []
     verdict = Verdict(settings, EnginePlan.from_settings(settings))
+    verdict.notes += _gpus_out_of_sight(settings)
     for step in (_examine_keys, examine_engine):
         try:
             step(verdict, text)
@@ -112,6 +115,19 @@ def _keys_out_of_sight(settings: Settings) -> str | None:
     return None
 
 
+def _gpus_out_of_sight(settings: Settings) -> list[str]:
+    """Return why the GPUs that the file names cannot be judged from here."""
+    if settings.gpu.devices is None:
+        return []
+    gpus = open_gpus()
+    here = {gpu.index for gpu in gpus.devices()}
+    gpus.close()
+    absent = [str(index) for index in settings.gpu.devices if index not in here]
+    if not absent:
+        return []
+    return [f"GPUs {', '.join(absent)} are not on this machine: whether the plan fits on them was not checked"]
+
+
 def examine_engine(verdict: Verdict, text: str) -> None:
     """Let vLLM judge the plan. Raises ConfigError with what it says."""
     from llm_serve.engine.forkserver import environment
@@ -123,7 +139,7 @@ def examine_engine(verdict: Verdict, text: str) -> None:
 
 def _examine_arguments(verdict: Verdict, text: str) -> None:
     # Imports vLLM: seconds that a file with a wrong key should not take.
-    from llm_serve.engine import arguments
+    from llm_serve.engine import arguments, attach
     from llm_serve.engine.weights import looks_like_path
 
     settings, source = verdict.settings, verdict.settings.source
@@ -138,13 +154,15 @@ def _examine_arguments(verdict: Verdict, text: str) -> None:
         verdict.notes.append(f"{error}: the model's own limits were not checked")
     else:
         verdict.effective = arguments.effective_arguments(namespace, config)
+        if settings.server.front_ends > 1:
+            attach.check(config, source)
     arguments.check_model(namespace, source=source, text=text)
 
 
 def as_text(verdict: Verdict) -> str:
     """Return the verdict for people: one option a line, aligned."""
     settings = verdict.settings
-    tables = {name: getattr(settings, name).model_dump() for name in ("server", "recovery", "gpu", "log")}
+    tables = {name: getattr(settings, name).model_dump() for name in TABLES}
     tables |= {"engine": verdict.effective, "engine.env": verdict.plan.to_json()["env"]}
     lines = [f"{settings.source}: good", f"model  {settings.model}"]
     for title, options in tables.items():

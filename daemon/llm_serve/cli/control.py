@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -23,12 +24,25 @@ def places() -> list[Path]:
 
 def find(name: str) -> Path | None:
     """The control socket of an instance that runs, or has been killed; None when there is none."""
-    return next((path for place in places() if (path := place / name / "control.sock").exists()), None)
+    return next((path for place in places() if _is_there(path := place / name / "control.sock")), None)
 
 
 def find_all() -> dict[str, Path]:
     """Every control socket by its instance's name."""
-    return {path.parent.name: path for place in reversed(places()) for path in place.glob("*/control.sock")}
+    found: dict[str, Path] = {}
+    for place in reversed(places()):
+        with contextlib.suppress(OSError):
+            sockets = (folder / "control.sock" for folder in place.iterdir())
+            found |= {path.parent.name: path for path in sockets if _is_there(path)}
+    return found
+
+
+def _is_there(path: Path) -> bool:
+    """Also where this user may not look: who asks there is told so."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return True
 
 
 class _Connection(http.client.HTTPConnection):
@@ -46,26 +60,56 @@ class _Connection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
 
 
-def ask(
-    path: Path, what: str, *, method: str = "GET", timeout_s: float | None = ANSWER_TIMEOUT_S
-) -> dict[str, Any] | None:
-    """The answer of whoever listens there, None when nobody does. Without `timeout_s` it may take any time."""
+def fetch(path: Path, what: str, *, method: str = "GET", timeout_s: float | None = ANSWER_TIMEOUT_S) -> bytes:
+    """The body of an answer, with any status. Without `timeout_s` it may take any time.
+
+    Raises PermissionError where the socket is another user's, TimeoutError where somebody listens and does not answer,
+    and OSError where nobody listens, or what is said is no HTTP.
+    """
     connection = _Connection(path, timeout_s)
     try:
         connection.request(method, what)
-        answer: dict[str, Any] = json.loads(connection.getresponse().read())
-    except (OSError, ValueError, http.client.HTTPException):
-        return None
+        return connection.getresponse().read()
+    except BlockingIOError as error:  # so many ask already that no more are let in
+        raise TimeoutError(str(error)) from error
+    except http.client.HTTPException as error:
+        raise OSError(str(error)) from error
     finally:
         connection.close()
-    return answer
+
+
+def ask(
+    path: Path, what: str, *, method: str = "GET", timeout_s: float | None = ANSWER_TIMEOUT_S
+) -> dict[str, Any] | None:
+    """The answer of whoever listens there, None when nobody does."""
+    try:
+        return _object(fetch(path, what, method=method, timeout_s=timeout_s))
+    except (OSError, ValueError):
+        return None
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(body)
+    return value
+
+
+def silence(error: Exception) -> str:
+    """Why there was no answer, for `NAME ...`."""
+    if isinstance(error, PermissionError):
+        return "is another user's: ask as root (sudo), or as the user that it runs as."
+    if isinstance(error, TimeoutError):
+        return "runs and does not answer: its journal may say why."
+    return NOBODY
 
 
 def order(name: str, what: str, *, timeout_s: float | None = ANSWER_TIMEOUT_S) -> dict[str, Any]:
     """What became of an order to an instance: `exit_status` and `message`, also when nobody is there to take it."""
-    path = find(name)
-    reply = ask(path, f"/{what}", method="POST", timeout_s=timeout_s) if path else None
-    return reply or {"exit_status": TRY_AGAIN, "message": NOBODY}
+    if (path := find(name)) is None:
+        return {"exit_status": TRY_AGAIN, "message": NOBODY}
+    try:
+        return _object(fetch(path, f"/{what}", method="POST", timeout_s=timeout_s))
+    except (OSError, ValueError) as error:
+        return {"exit_status": TRY_AGAIN, "message": silence(error)}
 
 
 def tell(name: str, reply: dict[str, Any], *, json_output: bool) -> int:

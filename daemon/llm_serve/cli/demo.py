@@ -33,7 +33,7 @@ Ready after {seconds:.0f} s. Try it from another terminal:
     "model": "smollm2-135m-instruct", "temperature": 0,
     "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
-Ctrl-C ends it.
+http://{listen}/ shows in a browser how it is. Ctrl-C ends it.
 """
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_serve.cli import control
 from llm_serve.core.errors import ConfigError
-from llm_serve.host.instances import instance_path
+from llm_serve.host.names import instance_path
 
 _LOOK_EVERY_S = 0.1
 

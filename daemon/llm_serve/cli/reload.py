@@ -10,7 +10,8 @@ from llm_serve.cli import control
 from llm_serve.cli.check import Verdict, examine_engine, prepare_for_vllm
 from llm_serve.core.errors import LlmServeError
 from llm_serve.core.plan import EnginePlan
-from llm_serve.host.instances import instance_path, read_instance
+from llm_serve.host.instances import read_instance
+from llm_serve.host.names import instance_path
 
 
 def reload(target: str, json_output: bool) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llm_serve.core.errors import ConfigError, Problem
 from llm_serve.host import boot
-from llm_serve.host.instances import instance_path
+from llm_serve.host.names import instance_path
 from llm_serve.host.state_file import FAILURES, LEARNED, StateFile
 
 _SYSTEM_STATE = Path("/var/lib/llm-serve")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import faulthandler
 import importlib
 import os
@@ -12,18 +11,16 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_serve.core.budgets import budgets
+from llm_serve.core.company import ALONE
 from llm_serve.core.errors import ConfigError, LlmServeError
 from llm_serve.core.instance_file import check_exposure
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.settings import ServerSettings, Settings
-from llm_serve.engine import openai_routes
-from llm_serve.engine.openai_routes import Route
-from llm_serve.host import boot, listening, logs
+from llm_serve.core.settings import Settings
+from llm_serve.host import boot, closed_network, listening, logs, model_identity
 from llm_serve.host.instances import read_api_keys, read_instance
 from llm_serve.host.systemd import Notifier, notifier
 
@@ -33,11 +30,12 @@ if TYPE_CHECKING:
 
     from llm_serve.engine.factory import Places
     from llm_serve.engine.relay import Receiver
+    from llm_serve.front_ends import FrontEnds
+    from llm_serve.host.board import Seat
+    from llm_serve.host.closed_network import Network
     from llm_serve.instance import Instance
     from llm_serve.supervisor import Supervisor
-    from llm_serve.web.asgi import Asgi
     from llm_serve.web.gate import Gate
-    from llm_serve.web.limits import Limits
 
 _STDIN = 0
 
@@ -89,17 +87,20 @@ def serve(start: Start) -> int:
     for sentence in budgets(settings):
         logs.get_logger().info(f"in the worst case, {sentence}")
     # From the moment the socket is there, somebody may wait for an answer: what takes long comes before it.
-    for name in ("llm_serve.supervisor", "llm_serve.web.server", "llm_serve.web.operations"):
+    for name in ("llm_serve.supervisor", "llm_serve.web.server", "llm_serve.web.operations", "llm_serve.door"):
         importlib.import_module(name)
+    from llm_serve import door
+
     try:
         runtime = boot.runtime_folder(settings.name, os.environ)
         listener = listening.open_listener(settings, start.manager)
         boot.claim(runtime)
         control = listening.open_control(runtime / "control.sock")
+        network = closed_network.prepare(settings, runtime, _finder(settings))
     except LlmServeError as error:
         return report(error, start.manager)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        status = runner.run(_serve(start, runtime, listener, control))
+    with asyncio.Runner(loop_factory=door.loop_factory()) as runner:
+        status = runner.run(_serve(start, runtime, (listener, control), network))
         logs.close()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -107,47 +108,75 @@ def serve(start: Start) -> int:
         os._exit(status)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    with contextlib.suppress(ImportError):
-        uvloop: Any = importlib.import_module("uvloop")
-        factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-        return factory
-    return None
+def _finder(settings: Settings) -> Callable[[str], bool]:
+    """Says of a model whether its weights are on this machine."""
+    from llm_serve.engine.weights import are_here
+
+    environ, asked = {**os.environ, **settings.engine_env}, settings.engine.get("revision")
+
+    def is_here(model: str) -> bool:
+        revision = asked if model == settings.model and isinstance(asked, str) else None
+        return are_here(model, model_identity.snapshot(model, environ, revision))
+
+    return is_here
 
 
-async def _serve(start: Start, runtime: Path, listener: socket.socket, control: socket.socket) -> int:
-    """Put the parts together, run them, and take them down again."""
+async def _serve(start: Start, runtime: Path, sockets: tuple[socket.socket, socket.socket], network: Network) -> int:
+    """Put the parts together, run them, and take them down again. The sockets are the clients' and the control's."""
     from prometheus_client import REGISTRY
 
-    from llm_serve import metrics
+    from llm_serve import door, metrics
+    from llm_serve.chronicle import Chronicle
+    from llm_serve.core import tally
     from llm_serve.engine import architectures, factory
+    from llm_serve.host.board import Board, Seat
     from llm_serve.web import operations
-    from llm_serve.web.deadlines import Timeouts
     from llm_serve.web.server import Server
 
     places = factory.Places(runtime, boot.state_folder(runtime, os.environ))
     factory.remove_leftovers(places)
-    supervisor, receiver = _supervisor(start, places)
+    listener, control = sockets
+    supervisor, receiver = _supervisor(start, places, network)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, supervisor.request_stop)
     REGISTRY.register(metrics.SnapshotCollector(supervisor.snapshot))
-    inside = operations.create(supervisor.snapshot, _model_names(start.settings))
-    supervisor.gate = gate = _gate(start, inside)
-    supervisor.on_change = partial(_reconfigure, gate)
+    count = start.settings.server.front_ends
+    seat = Seat(Board(count), 0) if count > 1 else None
+    whole = operations.Here(supervisor.snapshot)
+    inside = operations.create(supervisor.snapshot, door.model_names(start.settings), whole)
+    supervisor.gate = gate = door.make_gate(start.settings, start.keys, inside, seat or ALONE)
+    front_ends = _front_ends(supervisor, gate, seat, listener, runtime) if seat is not None else None
+    if front_ends is not None:
+        whole.render = front_ends.metrics
+    chronicle = Chronicle(supervisor.snapshot, lambda: front_ends.tallies if front_ends else (tally.HERE.cells,))
+    whole.history = chronicle.after
+
+    def adopt(now: Instance) -> None:
+        door.reconfigure(gate, now.settings, now.keys)
+        if front_ends is not None:
+            front_ends.reconfigure(now)
+
+    supervisor.on_change = adopt
     _take_orders(supervisor, start.manager, inside)
-    timeouts = Timeouts(start.settings.server.header_timeout_s, start.settings.server.body_timeout_s)
-    servers = [Server(gate, listener, timeouts), Server(inside, control)]
+    entrance = door.entrance(gate, start.settings)
+    servers = [Server(entrance, listener, door.timeouts(start.settings.server), seat), Server(inside, control)]
     for server in servers:
         await server.start()
+    keeping = asyncio.create_task(chronicle.keep())
     try:
         return await supervisor.run(architectures.named_by(start.settings.model))
     finally:
-        await asyncio.gather(*(server.stop() for server in servers))
+        keeping.cancel()
+        others = [front_ends.end()] if front_ends is not None else []
+        await asyncio.gather(*(server.stop() for server in servers), *others)
         receiver.close()
+        if network.broker is not None:
+            network.broker.close()
         (runtime / "control.sock").unlink(missing_ok=True)
 
 
-def _supervisor(start: Start, places: Places) -> tuple[Supervisor, Receiver]:
+def _supervisor(start: Start, places: Places, network: Network) -> tuple[Supervisor, Receiver]:
+    from llm_serve import door
     from llm_serve.engine import evidence, factory, relay
     from llm_serve.instance import Instance
     from llm_serve.supervisor import Supervisor
@@ -155,7 +184,9 @@ def _supervisor(start: Start, places: Places) -> tuple[Supervisor, Receiver]:
     collector = evidence.Collector()
 
     def on_record(value: relay.Record) -> None:
-        collector.add_record(value)
+        ended = value.get("ended")
+        if ended is None or ended[0] not in engines.spared:  # what ends a front end explains no engine's failure
+            collector.add_record(value)
         logs.relayed(value)
 
     def on_output(line: str) -> None:
@@ -165,9 +196,31 @@ def _supervisor(start: Start, places: Places) -> tuple[Supervisor, Receiver]:
     receiver = relay.Receiver(places.runtime, on_record, on_output)
     origin = factory.Origin(start.settings.source, start.text)
     engines = factory.Factory(places, collector, receiver, origin)
+    engines.network = network
     plan = EnginePlan.from_settings(start.settings)
-    instance = Instance(start.settings, plan, _routes(start.settings), places.state, start.text, start.keys)
+    instance = Instance(start.settings, plan, door.routes(start.settings), places.state, start.text, start.keys)
     return Supervisor(instance, start.manager, engines, collector, start.on_ready), receiver
+
+
+def _front_ends(supervisor: Supervisor, gate: Gate, seat: Seat, listener: socket.socket, runtime: Path) -> FrontEnds:
+    """The front ends beside this process's own, which are forked as soon as there is what they are forked from."""
+    from llm_serve.birth import Birth
+    from llm_serve.engine.attach import Party
+    from llm_serve.front_ends import FrontEnds
+
+    loop, places = asyncio.get_running_loop(), len(seat.board.rows)
+
+    def birth(place: int) -> Birth:
+        now = supervisor.instance
+        control, to_journal = runtime / "control.sock", logs.is_to_journal()
+        return Birth(place, places, now.settings, now.keys, control, supervisor.snapshot(), to_journal)
+
+    def invite(epoch: int, offer: bytes) -> None:
+        loop.call_soon_threadsafe(front_ends.attach, epoch, offer)
+
+    front_ends = FrontEnds(gate, seat, listener, birth, Party(places - 1, invite))
+    supervisor.join(front_ends)
+    return front_ends
 
 
 def _take_orders(supervisor: Supervisor, manager: Notifier, inside: FastAPI) -> None:
@@ -196,40 +249,3 @@ def _take_orders(supervisor: Supervisor, manager: Notifier, inside: FastAPI) -> 
         supervisor.request_stop() if is_terminal_gone or not has_file else orders.request_reload()
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
-
-
-def _reconfigure(gate: Gate, instance: Instance) -> None:
-    from llm_serve.web.keys import Keys
-
-    server = instance.settings.server
-    gate.reconfigure(Keys(instance.keys), _limits(server), open_metrics=server.open_metrics)
-
-
-def _limits(server: ServerSettings) -> Limits:
-    from llm_serve.web.limits import Limits
-
-    return Limits(server.max_queued, server.hold_timeout_s, server.max_body_bytes, server.stream_keep_alive_s)
-
-
-def _gate(start: Start, operations: Asgi) -> Gate:
-    from llm_serve.web.gate import Gate
-    from llm_serve.web.keys import Keys
-
-    server = start.settings.server
-    return Gate(
-        keys=Keys(start.keys),
-        limits=_limits(server),
-        routes=_routes(start.settings),
-        operations=operations,
-        open_metrics=server.open_metrics,
-    )
-
-
-def _routes(settings: Settings) -> frozenset[Route]:
-    return openai_routes.allowed(anthropic_messages=settings.server.anthropic_messages)
-
-
-def _model_names(settings: Settings) -> tuple[str, ...]:
-    """The names that vLLM will give the model: a list, or one, or the model itself."""
-    names = settings.engine.get("served_model_name") or settings.model
-    return (names,) if isinstance(names, str) else tuple(names)

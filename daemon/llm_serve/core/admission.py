@@ -8,14 +8,21 @@ Invariants, checked after every step in tests:
   place for a key that comes late (dynamic thresholds, as in switches with shared memory; to throw out one who waits
   already would break a promise);
 - everybody who enters is let in, refused, or leaves: nobody is lost.
+
+Several front ends before one engine share its batch and the one limit of those who wait: each counts what the others
+have let in and keep waiting, and of the requests that are next at their gates the oldest goes first. So no gate
+starves, whichever of them the kernel hands the connections to; the keys' turns and the limit of one key are each
+gate's own.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from llm_serve.core.company import ALONE, NEVER, Company, Other
 
 T = TypeVar("T")
 
@@ -44,16 +51,22 @@ class Queue(Generic[T]):
     """Those who wait: each key's in their order, the keys in turns."""
 
     def __init__(self) -> None:
-        self._lines: OrderedDict[bytes, OrderedDict[T, None]] = OrderedDict()
+        self._lines: OrderedDict[bytes, OrderedDict[T, float]] = OrderedDict()
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def push(self, key: bytes, item: T) -> None:
-        """Put `item` behind all others of its key; a new key's turn comes last."""
-        self._lines.setdefault(key, OrderedDict())[item] = None
+    def push(self, key: bytes, item: T, at: float = 0.0) -> None:
+        """Put `item`, which came at this time, behind all others of its key; a new key's turn comes last."""
+        self._lines.setdefault(key, OrderedDict())[item] = at
         self._length += 1
+
+    @property
+    def first_since(self) -> float:
+        """When the one came whose turn it is; NEVER when nobody waits."""
+        line = next(iter(self._lines.values()), None)
+        return next(iter(line.values())) if line else NEVER
 
     def pop(self) -> T:
         """Take out whose turn it is."""
@@ -76,7 +89,7 @@ class Queue(Generic[T]):
         """How many of this key wait."""
         return len(self._lines.get(key, ()))
 
-    def _took_from(self, key: bytes, line: OrderedDict[T, None]) -> None:
+    def _took_from(self, key: bytes, line: OrderedDict[T, float]) -> None:
         self._length -= 1
         if not line:
             del self._lines[key]
@@ -85,11 +98,11 @@ class Queue(Generic[T]):
 class Admission(Generic[T]):
     """The queue before one engine after another, at most `limit` long, and the count of what they were given.
 
-    A queue that is not shared is all of one key, which then may fill it.
+    A queue that is not shared is all of one key, which then may fill it. `company` are the gates beside this one.
     """
 
-    def __init__(self, limit: int, *, is_shared: bool = True) -> None:
-        self._limit, self._is_shared = limit, is_shared
+    def __init__(self, limit: int, *, is_shared: bool = True, company: Company = ALONE) -> None:
+        self._limit, self._is_shared, self._company = limit, is_shared, company
         self._queue: Queue[T] = Queue()
         self._load = IDLE
         self._since_step = 0
@@ -112,57 +125,86 @@ class Admission(Generic[T]):
         self._load, self._since_step = IDLE, 0
         # What has waited for a fresh engine comes in steps: it compiles, and its first batches are its slowest.
         self._ramp = 2 * reserve(slots or 0)
+        self._tell()
 
     def close(self) -> None:
         """There is no engine. What was let in stays counted until it ends: the next engine gets it first."""
         self.is_open = False
+        self._tell()
 
     def note(self, load: Load) -> None:
         """The engine has done a step."""
         self._load, self._since_step = load, 0
         if self._slots is not None and self._ramp < self._slots + reserve(self._slots):
             self._ramp *= 2
+        self._tell()
 
     # What requests do.
     def enter(self) -> bool:
         """Let a request in at once. False when it has to wait."""
-        if self._queue or self._room() <= 0:
+        others = self._company.others()
+        if self._queue or any(other.first_since < NEVER for other in others) or self._room(others) <= 0:
             return False
         self._let_in()
         return True
 
-    def wait(self, key: bytes, item: T) -> bool:
-        """Let `item` wait. False when there is no room for it."""
-        free = self._limit - len(self._queue)
+    def wait(self, key: bytes, item: T, at: float = 0.0) -> bool:
+        """Let `item`, which came at this time, wait. False when there is no room for it."""
+        free = self._limit - self.waiting
         if free <= 0 or (self._is_shared and self._queue.count(key) >= _GREED * free):
             return False
-        self._queue.push(key, item)
+        self._queue.push(key, item, at)
+        self._tell()
         return True
 
     def withdraw(self, key: bytes, item: T) -> bool:
         """Let `item` wait no longer. False when it had been taken out before."""
-        return self._queue.remove(key, item)
+        was_there = self._queue.remove(key, item)
+        self._tell()
+        return was_there
+
+    @property
+    def waiting(self) -> int:
+        """How many wait, at all gates together."""
+        return len(self._queue) + sum(other.waiting for other in self._company.others())
 
     def due(self) -> Iterator[T]:
-        """Let in, and take out, as many as there is room for."""
-        while self._queue and self._room() > 0:
+        """Let in, and take out, as many as there is room for and whose turn it is."""
+        while self._queue and self._is_next(others := self._company.others()) and self._room(others) > 0:
+            item = self._queue.pop()
             self._let_in()
-            yield self._queue.pop()
+            yield item
 
     def everybody(self) -> Iterator[T]:
         """Take out all who wait, without letting them in."""
         while self._queue:
-            yield self._queue.pop()
+            item = self._queue.pop()
+            self._tell()
+            yield item
 
     def ended(self) -> None:
         """A request that was let in has ended."""
         self.inside -= 1
+        self._tell()
 
     def _let_in(self) -> None:
         self.inside += 1
         self._since_step += 1
+        self._tell()
 
-    def _room(self) -> int:
+    def _tell(self) -> None:
+        """Let the gates beside this one know. Who waits at a closed gate does not keep the others from their turn."""
+        self._company.tell_gate(
+            inside=self.inside,
+            let_in=self._since_step,
+            waiting=len(self._queue),
+            first_since=self._queue.first_since if self.is_open else NEVER,
+        )
+
+    def _is_next(self, others: Sequence[Other]) -> bool:
+        return all(self._queue.first_since <= other.first_since for other in others)
+
+    def _room(self, others: Sequence[Other]) -> int:
         """How many more the engine can take now."""
         if not self.is_open:
             return 0
@@ -170,11 +212,13 @@ class Admission(Generic[T]):
             return 1
         spare = reserve(self._slots)
         most = min(self._slots + spare, self._ramp)
-        if not self.inside:
+        inside = self.inside + sum(other.inside for other in others)
+        if not inside:
             return most  # whatever the last step said is over
         load = self._load
         # One request may be many sequences, and the engine knows only what has arrived there: the larger count holds.
-        room = most - max(self.inside, load.running + load.waiting)
+        room = most - max(inside, load.running + load.waiting)
         if load.waiting and load.kv_cache_usage >= _FULL_CACHE:
-            room = min(room, spare - load.waiting - self._since_step)
+            let_in = self._since_step + sum(other.let_in for other in others)
+            room = min(room, spare - load.waiting - let_in)
         return room

@@ -7,7 +7,10 @@ changed there has to be changed here, and a test reads both.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import TYPE_CHECKING
+
+from llm_serve.core.devices import parallel_sizes, product_in_words
 
 if TYPE_CHECKING:
     from llm_serve.core.settings import Settings
@@ -65,22 +68,12 @@ def _floors_above_the_file(settings: Settings) -> Iterator[tuple[str, str, str]]
 
 
 def _more_devices_than_given(settings: Settings) -> Iterator[tuple[str, str, str]]:
-    """One process per GPU: tensor x pipeline x data parallel have to fit on the devices named."""
-    devices, engine = settings.gpu.devices, settings.engine
-    spread_over_hosts = engine.get("distributed_executor_backend") == "ray" or "nnodes" in engine
-    if devices is None or spread_over_hosts:
-        return
-    replicas = "data_parallel_size_local" if "data_parallel_size_local" in engine else "data_parallel_size"
-    names = ("tensor_parallel_size", "pipeline_parallel_size", replicas)
-    factors = {name: value for name in names if type(value := engine.get(name)) is int}
-    needed = 1
-    for factor in factors.values():
-        needed *= factor
-    if needed > len(devices):
-        sum_in_words = " x ".join(f"{name} {value}" for name, value in factors.items())
+    """One process per GPU: what vLLM multiplies has to fit on the devices named."""
+    devices, sizes = settings.gpu.devices, parallel_sizes(settings.engine)
+    if devices is not None and sizes is not None and prod(sizes.values()) > len(devices):
         yield (
             "gpu.devices",
-            f"{sum_in_words} = {needed} GPUs, but devices names {len(devices)}",
+            f"{product_in_words(sizes)}, but devices names {len(devices)}",
             "Name as many devices as the engine has processes, or lower the parallel sizes",
         )
 

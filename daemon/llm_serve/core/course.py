@@ -36,6 +36,10 @@ class Effective:
     """The one that was asked for; None lets vLLM choose."""
     tensor_parallel_size: int = 1
     """Devices that share one layer."""
+    world_size: int = 1
+    """Devices that work together: tensor x pipeline x data parallel."""
+    numa_bind: bool = False
+    """True where its memory comes from the NUMA nodes of its devices alone."""
     chunked_prefill: bool = True
     """False where a prompt must fit into one step."""
 

@@ -45,6 +45,7 @@ class Kind(StrEnum):
     unknown = "unknown"
     # Nothing that a process can do helps.
     device_lost = "device_lost"
+    unkillable = "unkillable"
 
 
 class Place(StrEnum):
@@ -113,6 +114,10 @@ class Evidence:
     """NVIDIA's error numbers of our GPUs, from the driver."""
     gpu_holders: tuple[Holder, ...] = ()
     """Other processes that held memory of our GPUs."""
+    unkillable: tuple[str, ...] = ()
+    """Processes of it that outlived a SIGKILL, with what the kernel says they wait for."""
+    no_p2p: tuple[str, ...] = ()
+    """Pairs of our GPUs that cannot reach each other's memory, as the driver says, in words."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -137,6 +142,8 @@ class Failure:
     """Free on the device."""
     total_bytes: int | None = None
     """All of the device."""
+    no_p2p: tuple[str, ...] = ()
+    """Pairs of GPUs that cannot reach each other's memory, where that may be the cause."""
 
     def __str__(self) -> str:
         """One line for a log or a status."""
@@ -144,4 +151,4 @@ class Failure:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; what is not known is left out."""
-        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) not in (None, "")}
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name)) not in (None, "", ())}

@@ -42,6 +42,10 @@ _SMALLER = "Take a smaller or quantised model, or more GPUs (engine.tensor_paral
 _TO_VLLM = "Leave engine.attention_backend, engine.kv_cache_dtype and engine.block_size to vLLM."
 _BACKEND = "Name another engine.attention_backend."
 _REBUILD = "Packages do not fit each other: make the environment anew from the locks."
+LINKS = (
+    "If it stays so without P2P, which is tried by itself: switch the IOMMU or PCIe ACS off, enlarge /dev/shm, or set "
+    "NCCL_DEBUG=INFO in [engine.env] and read the journal."
+)
 _FETCH = 'Download the model again; a file that starts with "version https://git-lfs" is only a pointer to one.'
 
 # What is more special stands above: the first row that matches is the answer. Memory comes first, because a compiler,
@@ -68,6 +72,8 @@ ROWS = (
     _row("A1", r"Failed to load model - not enough GPU memory", Kind.out_of_memory, "", Place.loading),
     _row("A12", r"OutOfMemoryError|CUDA out of memory|CUDA error: out of memory|cudaErrorMemoryAllocation",
      Kind.out_of_memory),
+    # Torch's stable interface, through which FlashAttention calls it, passes no reason on: seen on an H200.
+    _row("A12", r'torch_call_dispatcher\(\s*"aten::(?:new_)?(?:empty|zeros|full)', Kind.out_of_memory),
     _row("D2", r"(?:CUBLAS|CUDNN|CUSPARSE)_STATUS_ALLOC_FAILED", Kind.out_of_memory),
     _row("B1", r"DefaultCPUAllocator|cannot allocate memory|MemoryError|Errno 12\b", Kind.out_of_memory),
     # The device and its driver.
@@ -114,11 +120,12 @@ ROWS = (
            r"torch\._(?:dynamo|inductor)",
      Kind.compilation, _CACHE),
     # Between processes and GPUs.
-    _row("H7", r"NCCL error|NCCL WARN|ncclSystemError|ncclUnhandledCudaError",
-     Kind.communication, "Set NCCL_DEBUG=INFO in [engine.env] for more; try NCCL_P2P_DISABLE=1 there."),
+    _row("H7", r"NCCL error|NCCL WARN|ncclSystemError|ncclUnhandledCudaError|peer access is not supported|"
+           r"peer mapping resources exhausted",
+     Kind.communication, LINKS),
     _row("H6", r"Watchdog caught collective operation timeout|DistBackendError|DistStoreError|DistNetworkError|"
            r"waiting for clients|connectFullMesh|third_party/gloo",
-     Kind.communication, "Set NCCL_DEBUG=INFO in [engine.env] for more; try NCCL_P2P_DISABLE=1 there."),
+     Kind.communication, LINKS),
     _row("H4", r"RPC call to .+ timed out",
      Kind.stalled, "If steps really take so long, raise VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS in [engine.env]."),
     _row("F4", r"Timed out waiting for engine core processes",

@@ -12,6 +12,7 @@ import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from llm_serve.core import failure_texts
 from llm_serve.core.evidence import ErrorRecord, Evidence, Failure, Kind, Place
@@ -28,6 +29,9 @@ _NCCL = re.compile(r"\bNCCL\b|collective operation timeout|ProcessGroupNCCL", re
 
 _SYMPTOMS = frozenset({Kind.communication, Kind.stalled})
 """What a fault of one GPU looks like to the others: the driver's word explains these."""
+
+_OF_LINKS = _SYMPTOMS | {Kind.start_stalled, Kind.start_timeout, Kind.crashed, Kind.device_error}
+"""What GPUs without a way to each other's memory may lead to."""
 
 _OOM_ADVICE = {
     Place.start: "Lower engine.gpu_memory_utilization and engine.max_num_seqs.",
@@ -50,7 +54,15 @@ def classify(evidence: Evidence) -> Failure:
     cause = root_cause(evidence)
     place = _place(cause, evidence)
     failure = next(_verdicts(cause, place, evidence))
-    return failure if failure.place is not Place.start else replace(failure, place=place)
+    return _between_gpus(failure if failure.place is not Place.start else replace(failure, place=place), evidence)
+
+
+def _between_gpus(failure: Failure, evidence: Evidence) -> Failure:
+    """H1, H6, H7: the driver may know of a pair of GPUs that cannot reach each other's memory."""
+    if not evidence.no_p2p or failure.kind not in _OF_LINKS:
+        return failure
+    advice = f"By the driver, there is no P2P between {', '.join(evidence.no_p2p)}."
+    return replace(failure, advice=f"{failure.advice} {advice}".strip(), no_p2p=evidence.no_p2p)
 
 
 def root_cause(evidence: Evidence) -> ErrorRecord | None:
@@ -82,6 +94,7 @@ def _verdicts(cause: ErrorRecord | None, place: Place, evidence: Evidence) -> It
     told = _of_text(cause, place, evidence) if cause else None
     candidates = (
         _of_lost_device(evidence),
+        _of_unkillable(evidence),
         _of_kernel(cause, evidence),
         told if told and told.kind not in _SYMPTOMS else None,
         _of_device_fault(evidence),
@@ -113,6 +126,17 @@ def _of_lost_device(evidence: Evidence) -> Failure | None:
         advice = "Reset the GPU (nvidia-smi --gpu-reset) or reboot; if it comes back, the GPU or its slot is failing."
         return Failure(Kind.device_lost, f"the NVIDIA driver reported {lost}.", advice)
     return None
+
+
+def _of_unkillable(evidence: Evidence) -> Failure | None:
+    """B6: a process that the kernel cannot end keeps its GPU memory, whatever else went wrong."""
+    if not evidence.unkillable:
+        return None
+    advice = (
+        "It is stuck in the kernel: in the GPU's driver, a reset (nvidia-smi --gpu-reset) or a reboot frees it; in a "
+        "network file system, its server; in a frozen control group, thawing that."
+    )
+    return Failure(Kind.unkillable, f"SIGKILL does not end {'; '.join(evidence.unkillable)}.", advice)
 
 
 def _of_device_fault(evidence: Evidence) -> Failure | None:
@@ -154,7 +178,7 @@ def _of_text(cause: ErrorRecord, place: Place, evidence: Evidence) -> Failure | 
     if row is None:
         return _of_attention(cause, place)
     failure = Failure(row.kind, _sentence(cause), row.advice, row.place or place)
-    failure = replace(failure, **failure_texts.numbers(cause.text))
+    failure = replace(failure, **(failure_texts.numbers(cause.text) or _printed_numbers(failure, evidence)))
     match failure.kind, failure.place:
         case Kind.out_of_memory, Place.loading:
             return _of_weights(failure, said, evidence)
@@ -164,6 +188,13 @@ def _of_text(cause: ErrorRecord, place: Place, evidence: Evidence) -> Failure | 
         case Kind.memory_held, _ if evidence.gpu_holders:
             return replace(failure, advice=_holders(evidence))
     return failure
+
+
+def _printed_numbers(failure: Failure, evidence: Evidence) -> dict[str, Any]:
+    """Torch prints what an out-of-memory was about where its exception does not say it."""
+    if failure.kind is not Kind.out_of_memory:
+        return {}
+    return failure_texts.numbers("\n".join(line for line in evidence.output_tail if "out of memory" in line))
 
 
 def _of_weights(failure: Failure, said: str, evidence: Evidence) -> Failure:
@@ -215,8 +246,9 @@ def _of_standstill(evidence: Evidence) -> Failure | None:
         advice = f"{stacks} If steps really take so long, raise recovery.stall_timeout_s."
         return Failure(Kind.stalled, detail, advice, Place.serving)
     if evidence.stalled_for_s is not None:
-        detail = f"the start did nothing for {evidence.stalled_for_s:.0f} s{phase}: no CPU time, no reading, no log."
-        return Failure(Kind.start_stalled, detail, f"{stacks} On several GPUs, try NCCL_P2P_DISABLE=1 in [engine.env].")
+        idle = evidence.stalled_on or "no CPU time, no reading, no log"
+        detail = f"the start did nothing for {evidence.stalled_for_s:.0f} s{phase}: {idle}."
+        return Failure(Kind.start_stalled, detail, stacks)
     if evidence.timed_out_after_s is not None:
         detail = f"the engine was not ready {evidence.timed_out_after_s:.0f} s after its start{phase}."
         return Failure(Kind.start_timeout, detail, f"{stacks} If it is only slow, raise recovery.start_timeout_s.")
@@ -236,7 +268,7 @@ def _of_signal(evidence: Evidence) -> Failure | None:
         advice = "If nobody killed it, the kernel did: look for 'Out of memory' in its log (journalctl -k)."
         return Failure(Kind.killed, detail, advice)
     if name == "SIGABRT" and _NCCL.search("\n".join(evidence.output_tail)):
-        return Failure(Kind.communication, detail, "Set NCCL_DEBUG=INFO in [engine.env] for more.")
+        return Failure(Kind.communication, detail, failure_texts.LINKS)
     bus = "A full /dev/shm does that, or a weight file that was cut short while it was read."
     return Failure(Kind.crashed, detail, bus if name == "SIGBUS" else "The journal has what it wrote last.")
 

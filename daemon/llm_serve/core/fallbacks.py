@@ -29,7 +29,8 @@ def next_step(course: Course, failure: Failure, now: Effective, backends: tuple[
     """The next way that this course has not gone yet."""
     for words, arguments, env in _ways(course, failure, now, backends):
         if _changes(course, arguments, env):
-            reason = f"{words}{_BECAUSE}{failure.kind.value} ({failure.place.value}): {failure.detail}"
+            links = f" There is no P2P between {', '.join(failure.no_p2p)}." if failure.no_p2p else ""
+            reason = f"{words}{_BECAUSE}{failure.kind.value} ({failure.place.value}): {failure.detail}{links}"
             return Step(failure.kind, failure.place, reason, arguments, env, is_rung=False)
     return NoStep(_ADVICE.get(failure.kind, "No other way of computing is left to try."))
 
@@ -55,25 +56,26 @@ def _ways(course: Course, failure: Failure, now: Effective, backends: tuple[str,
         case Kind.flashinfer, _:
             yield _setting("VLLM_USE_FLASHINFER_SAMPLER", "0", course)
             yield from (way for way in other if "FLASHINFER" not in way[1]["attention_backend"])
-        case (Kind.graph_capture, _) | ((Kind.start_timeout | Kind.start_stalled), Place.capture):
+        case Kind.graph_capture, _:
             yield from _without_graphs(course, now)
             yield from _eager(now)
-        case Kind.communication, _:
-            yield _without_p2p(course)
-        case ((Kind.start_timeout | Kind.start_stalled), Place.start) if now.tensor_parallel_size > 1:
-            yield _without_p2p(course)
-        case (
-            (Kind.start_timeout | Kind.start_stalled),
-            (Place.profiling | Place.kv_cache | Place.warm_up | Place.serving),
-        ):
-            yield from other
+        case (Kind.communication, _) | ((Kind.start_timeout | Kind.start_stalled), Place.start):
+            yield from _without_p2p(course, now)
+        case ((Kind.start_timeout | Kind.start_stalled), place) if place is not Place.loading:
+            # GPUs that meet at all have passed their first exchange by now, unless the driver knows better.
+            yield from _without_p2p(course, now) if failure.no_p2p else ()
+            yield from (*_without_graphs(course, now), *_eager(now)) if place is Place.capture else other
+            yield from _without_p2p(course, now)
         case Kind.stalled, _:
-            yield from _without_custom_all_reduce(now)
+            yield from _without_p2p(course, now) if failure.no_p2p else _without_custom_all_reduce(now)
             yield from _eager(now)
             yield from other
         case ((Kind.device_error | Kind.crashed), _):
+            yield from _without_p2p(course, now) if failure.no_p2p else ()
             yield from _eager(now)
             yield from other
+        case Kind.host_out_of_memory, _:
+            yield from _unbound(now)
 
 
 def _other_backends(course: Course, failure: Failure, now: Effective, backends: tuple[str, ...]) -> Iterator[_Way]:
@@ -99,12 +101,17 @@ _NONE_VALID = "No valid attention backend found"
 
 
 def _choices(details: list[str], now: Effective, backends: tuple[str, ...]) -> tuple[str, ...]:
-    is_mla = "MLA" in (now.attention_backend or "") or any(map(_NEEDS_MLA.search, details))
+    is_none = any(_HAS_NO_MLA in detail for detail in details)
+    is_mla = not is_none and ("MLA" in (now.attention_backend or "") or any(map(_NEEDS_MLA.search, details)))
     return MLA_BACKENDS if is_mla and backends == AUTO_BACKENDS else backends
 
 
 _NEEDS_MLA = re.compile(r"(?<!non-)\bMLA not supported")
 """vLLM's reason against a backend that does not know latent attention."""
+
+
+_HAS_NO_MLA = "non-MLA not supported"
+"""Its reason against one for latent attention only, which a file may name for a model that has none."""
 
 
 def _asked_backend(arguments: Mapping[str, Any]) -> str | None:
@@ -147,16 +154,24 @@ def _without_graphs(course: Course, now: Effective) -> Iterator[_Way]:
         yield f"cudagraph_mode {before} -> NONE", {"compilation_config": merged}, {}
 
 
-def _without_p2p(course: Course) -> _Way:
+def _without_p2p(course: Course, now: Effective) -> Iterator[_Way]:
     """The known cure where GPUs cannot write into each other's memory, or an IOMMU drops what they write."""
-    words, _, env = _setting("NCCL_P2P_DISABLE", "1", course)
-    reduces = str(course.plan.arguments.get("disable_custom_all_reduce", False)).lower()
-    return f"{words}, disable_custom_all_reduce {reduces} -> true", {"disable_custom_all_reduce": True}, env
+    if now.world_size > 1:
+        words, _, env = _setting("NCCL_P2P_DISABLE", "1", course)
+        reduces = str(course.plan.arguments.get("disable_custom_all_reduce", False)).lower()
+        yield f"{words}, disable_custom_all_reduce {reduces} -> true", {"disable_custom_all_reduce": True}, env
 
 
 def _without_custom_all_reduce(now: Effective) -> Iterator[_Way]:
     if now.tensor_parallel_size > 1:
         yield "disable_custom_all_reduce false -> true", {"disable_custom_all_reduce": True}, {}
+
+
+def _unbound(now: Effective) -> Iterator[_Way]:
+    """One node has run out of memory while another may have some."""
+    if now.numa_bind:
+        arguments = {"numa_bind": False, "numa_bind_nodes": None, "numa_bind_cpus": None}
+        yield "numa_bind true -> false (memory of every NUMA node)", arguments, {}
 
 
 _SLOW = (

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from llm_serve.core import environment
 from llm_serve.core.budgets import over_budget
 from llm_serve.core.errors import ConfigError, Problem
 from llm_serve.core.settings import (
     GpuSettings,
+    LimitSettings,
     LogSettings,
+    NetworkSettings,
     RecoverySettings,
     ServerSettings,
     Settings,
@@ -30,19 +33,14 @@ __all__ = ["check_exposure", "locate", "nearest", "parse_instance"]
 
 TABLES: Mapping[str, type[BaseModel]] = {
     "server": ServerSettings,
+    "limits": LimitSettings,
     "recovery": RecoverySettings,
     "gpu": GpuSettings,
+    "network": NetworkSettings,
     "log": LogSettings,
 }
 TOP_LEVEL = ("model", "engine", *TABLES)
 
-ENV_SET_BY_US = frozenset({"VLLM_RPC_BASE_PATH", "TMPDIR", "VLLM_WORKER_MULTIPROC_METHOD", "VLLM_LOGGING_CONFIG_PATH"})
-ENV_UNSAFE = {
-    "VLLM_SERVER_DEV_MODE": "it opens routes that reset and reload the engine to every client",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "it lets pickled code into the engine",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "it lets every client load files into the engine",
-}
-_FALSE = frozenset({"", "0", "false", "no", "off"})
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLACE_IN_MESSAGE = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of document)\)$")
 
@@ -52,7 +50,7 @@ def parse_instance(text: str, *, source: str, name: str) -> Settings:
     raw = _load(text, source)
     reader = _Reader(text, source)
     tables = reader.normalised_tables(raw)
-    env = reader.environment(tables.get("engine"))
+    env = reader.environment(tables.get("engine"), _allowed_env(tables.get("server")))
     settings = reader.validated(tables, env, name)
     for path, message, hint in over_budget(settings):
         reader.refuse(path, message, hint)
@@ -84,8 +82,9 @@ def check_exposure(
 
 def nearest(key: str, known: Mapping[str, object] | tuple[str, ...] | frozenset[str]) -> str | None:
     """Return the known key that `key` was most likely meant to be, or None when none is like it."""
-    matches = get_close_matches(normalised(key).lower(), sorted(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    by_word = {each.lower(): each for each in sorted(known)}
+    matches = get_close_matches(normalised(key).lower(), by_word, n=1, cutoff=0.6)
+    return by_word[matches[0]] if matches else None
 
 
 def _load(text: str, source: str) -> dict[str, Any]:
@@ -135,14 +134,14 @@ class _Reader:
             )
         return {normalised(key): value for key, value in table.items()}
 
-    def environment(self, engine: Any) -> dict[str, str]:
+    def environment(self, engine: Any, allowed: Collection[str]) -> dict[str, str]:
         """Return `[engine.env]` as text, and take it out of `engine`."""
         env = engine.pop("env", {}) if isinstance(engine, dict) else {}
         if not isinstance(env, dict):
             self.refuse("engine.env", f"must be a table, not {_shown(env)}")
             return {}
         for name, value in env.items():
-            for message, hint in _env_problems(name, value):
+            for message, hint in _env_problems(name, value, allowed):
                 self.refuse(f"engine.env.{name}", message, hint)
         return {name: str(value) for name, value in env.items()}
 
@@ -217,18 +216,25 @@ def _hint(key: str, table: str, known: tuple[str, ...]) -> str | None:
     return "vLLM's arguments stand under [engine]" if table in ("", "server") else None
 
 
-def _env_problems(name: str, value: Any) -> Iterator[tuple[str, str | None]]:
+def _allowed_env(server: Any) -> Collection[str]:
+    """What the file allows, as far as it can be read; what is wrong with it is told elsewhere."""
+    names = server.get("allow_env") if isinstance(server, dict) else None
+    return frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else frozenset()
+
+
+def _env_problems(name: str, value: Any, allowed: Collection[str]) -> Iterator[tuple[str, str | None]]:
     if not _ENV_NAME.fullmatch(name):
         yield "is not a name that an environment variable can have", None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         yield f"must be text or a number, not {_shown(value)}", 'Write "1" or "0" for a switch'
     elif "\0" in str(value):
         yield "must not contain a NUL character", None
-    elif name in ENV_UNSAFE and str(value).strip().lower() not in _FALSE:
-        yield f"is refused: {ENV_UNSAFE[name]}", "Remove the line"
+    elif name in environment.UNSAFE and name not in allowed and not environment.is_off(value):
+        hint = f'Remove the line, or set server.allow_env = ["{name}"]'
+        yield f"is refused: {environment.UNSAFE[name]}", hint
     if name == "VLLM_API_KEY":
         yield "is refused: the engine needs no key, the server does", "Use server.api_keys"
-    if name in ENV_SET_BY_US:
+    if name in environment.SET_BY_US:
         yield "is refused: llm-serve sets it for each engine it starts", "Remove the line"
 
 

@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from llm_serve.core.devices import visible_devices
 from llm_serve.core.settings import Settings
 
 SECRET_NAME = re.compile(r"TOKEN$|SECRET|PASSW|API_?KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
@@ -39,13 +40,14 @@ class EnginePlan:
     def from_settings(cls, settings: Settings) -> EnginePlan:
         """Return rung 0: what the file asks for. The first of a list of attention backends is asked for too.
 
-        The engine's processes see the GPUs of the file and no others.
+        The engine's processes see the GPUs of the file and no others; what CUDA cannot be told before the driver is
+        asked is added by its answer (host/placement.py).
         """
         arguments, env = dict(settings.engine), dict(settings.engine_env)
         if (backends := settings.recovery.attention_backends) != "auto":
             arguments.setdefault("attention_backend", backends[0])
-        if settings.gpu.devices is not None:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.gpu.devices))
+        if (visible := visible_devices(settings.gpu.devices)) is not None:
+            env["CUDA_VISIBLE_DEVICES"] = visible
         return cls(model=settings.model, arguments=arguments, env=env)
 
     def replace_arguments(self, **changes: object) -> EnginePlan:

@@ -58,17 +58,24 @@ RESPONSES: dict[Kind, tuple[Response, ...]] = {
     Kind.killed: (_AGAIN,),
     Kind.unknown: (_AGAIN,),
     Kind.device_lost: (_STOP,),
+    Kind.unkillable: (_STOP,),
 }
 """The response to the first, second ... failure of a kind under one plan; the last one holds from there on."""
 
 REFUSED = frozenset(kind for kind, responses in RESPONSES.items() if responses == (_REFUSE,))
 """Kinds for which a plan that has not served yet is never tried again."""
 
-NO_REQUEST = frozenset({Kind.killed, Kind.device_lost, Kind.driver_not_ready, Kind.memory_held, Kind.host_limit})
+NO_REQUEST = frozenset({
+    Kind.killed, Kind.device_lost, Kind.unkillable, Kind.driver_not_ready, Kind.memory_held, Kind.host_limit,
+})  # fmt: skip
 """Kinds of death that no request can cause; after any other, one that was in flight may be the cause."""
 
 _WAYS = frozenset({Kind.attention_backend, Kind.flashinfer, Kind.compilation, Kind.graph_capture})
 """Ways of computing: when none is left, only a person can find another."""
+
+
+_OF_THE_DRIVER, _OF_A_CONTEXT = 0.02, 700 << 20
+"""What the driver and the process's own CUDA context take of a GPU (0.51 of 139.8 GiB on an H200)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +117,27 @@ class Strike:
     built: Effective = UNKNOWN
 
 
+def _is_nobodys(failure: Failure) -> bool:
+    """True where as much is free as a device has to give: the file asks for more, and there is nobody to wait for."""
+    free, total = failure.free_bytes, failure.total_bytes
+    if failure.kind is not Kind.memory_held or free is None or total is None:
+        return False
+    return total - free <= max(_OF_THE_DRIVER * total, _OF_A_CONTEXT)
+
+
 def answer(strike: Strike, course: Course, choices: Choices) -> Answer:
     """What to do about a failure of an engine with the course's plan.
 
     What has just served is never refused for good: what it lacks now may come back, and the next start says so.
     """
     failure, built = strike.failure, strike.built
-    match response(failure, strike.times):
+    match _first_word(strike):
         case Response.refuse:
             return Again() if strike.has_served else GiveUp(78, str(failure))
         case Response.stop:
             return GiveUp(70, str(failure))
         case Response.shrink:
-            return _or_give_up(ladder.next_step(course, failure, built, choices.floors), failure, course)
+            return _or_give_up(_smaller(strike, course, choices), failure, course)
         case Response.switch:
             return _or_give_up(fallbacks.next_step(course, failure, built, choices.backends), failure, course)
         case _:
@@ -135,6 +150,29 @@ def response(failure: Failure, times: int) -> Response:
         return Response.again
     row = RESPONSES[failure.kind]
     return row[min(max(times, 1), len(row)) - 1]
+
+
+def _first_word(strike: Strike) -> Response:
+    """The table's word, unless what is known of the machine leaves nothing to chance or to wait for."""
+    failure = strike.failure
+    if _is_nobodys(failure):
+        return Response.shrink
+    # By the driver's word these GPUs cannot reach each other's memory: the first hang of a start is no chance.
+    is_start_of_several = strike.built.world_size > 1 and failure.place is not Place.serving
+    is_known = failure.no_p2p and failure.kind in _OF_LINKS and is_start_of_several
+    return response(failure, max(strike.times, 2) if is_known else strike.times)
+
+
+def _smaller(strike: Strike, course: Course, choices: Choices) -> Step | ladder.NoStep:
+    """The next smaller plan; where none helps, the memory may be somewhere else (on another NUMA node)."""
+    step = ladder.next_step(course, strike.failure, strike.built, choices.floors)
+    if isinstance(step, Step):
+        return step
+    other = fallbacks.next_step(course, strike.failure, strike.built, choices.backends)
+    return other if isinstance(other, Step) else step
+
+
+_OF_LINKS = frozenset({Kind.communication, Kind.start_timeout, Kind.start_stalled})
 
 
 def _or_give_up(step: Step | ladder.NoStep, failure: Failure, course: Course) -> Answer:

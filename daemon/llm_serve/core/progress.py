@@ -19,9 +19,11 @@ CONFIGURING = Phase("checking the model's configuration", 0.15)
 LAUNCHING = Phase("starting the engine's processes", 0.20)
 FIRST_TOKEN = Phase("generating the first token", 0.97)
 SERVING = Phase("serving", 1.0)
+MEETING = Phase("starting the engine's processes", 0.30)
+"""EngineCore is there; where there are several GPUs, their processes meet now (NCCL)."""
 
 _MARKERS = (
-    ("Initializing a V1 LLM engine", Phase("starting the engine's processes", 0.30)),
+    ("Initializing a V1 LLM engine", MEETING),
     ("Starting to load model", Phase("loading weights", 0.40)),
     ("Loading weights took", Phase("weights loaded", 0.60)),
     ("Model loading took", Phase("weights loaded", 0.62)),
@@ -52,7 +54,10 @@ LEAST_CPU_SHARE = 0.05
 """Of one core. A daemon that only waits uses a tenth of this; one that imports, or an engine that loads, all of it."""
 
 
-def is_progress(before: Marks, after: Marks, seconds: float) -> bool:
-    """True when something was done in the `seconds` between two marks, and not merely waited."""
-    is_busy = after.cpu_s - before.cpu_s >= LEAST_CPU_SHARE * seconds
+def is_progress(before: Marks, after: Marks, seconds: float, *, spins: bool = False) -> bool:
+    """True when something was done in the `seconds` between two marks, and not merely waited.
+
+    `spins` says that who waits now keeps a core busy, as processes do that wait for each other's GPUs.
+    """
+    is_busy = not spins and after.cpu_s - before.cpu_s >= LEAST_CPU_SHARE * seconds
     return is_busy or after.bytes_read > before.bytes_read or after.heard > before.heard

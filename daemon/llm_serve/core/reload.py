@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llm_serve.core.devices import COUNTED
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.settings import Settings
+from llm_serve.core.settings import TABLES, Settings
 
 OF_THE_PROCESS = frozenset(
     {
         *("model", "log.level", "log.format", "server.listen", "server.anthropic_messages", "server.front_ends"),
+        "server.allow_env",
         *("server.header_timeout_s", "server.body_timeout_s", "server.stream_keep_alive_s"),
-        *("gpu.devices", "gpu.wait_timeout_s"),
+        *("gpu.devices", "gpu.wait_timeout_s", "network.engine"),
     }
 )
 """Options that are used once, when the process starts; no stream begun with one model can be ended by another."""
@@ -35,7 +37,10 @@ OF_THE_MODEL = frozenset(
 )
 """vLLM's arguments that make another model of the same name."""
 
-_NEEDS_RESTART = OF_THE_PROCESS | OF_THE_APPLICATION | OF_THE_MODEL
+OF_THE_GPUS = frozenset(f"engine.{name}" for name in COUNTED)
+"""vLLM's arguments that decide which GPUs are watched and waited for, which is settled once."""
+
+_NEEDS_RESTART = OF_THE_PROCESS | OF_THE_APPLICATION | OF_THE_MODEL | OF_THE_GPUS
 _ENVIRONMENT = "engine.env."
 """Much of it is read when the process starts."""
 
@@ -67,7 +72,7 @@ def _needs_restart(name: str) -> bool:
 def _options(settings: Settings) -> Iterator[tuple[str, object]]:
     """Every option by its dotted name, as the file has it."""
     yield "model", settings.model
-    for table in ("server", "recovery", "gpu", "log"):
+    for table in TABLES:
         for name, value in getattr(settings, table).model_dump().items():
             yield f"{table}.{name}", value
     for name, value in settings.engine.items():

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from llm_serve.core.devices import Device, parse_device
+
 MAX_PORT = 65535
 DAY_S = 86_400
 
@@ -82,6 +84,11 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+Opened = Literal[
+    "logits_processors", "prompt_logprobs", "structured_outputs.grammar", "structured_outputs.regex", "vllm_xargs"
+]
+"""What `limits.allow` may open; vLLM's own switches under [engine] open the rest."""
+
 Seconds = Annotated[float, Field(gt=0, le=30 * DAY_S, allow_inf_nan=False)]
 SecondsOrOff = Annotated[float, Field(ge=0, le=30 * DAY_S, allow_inf_nan=False)]
 
@@ -115,10 +122,21 @@ class ServerSettings(_Table):
     """How long a stop waits for requests in flight."""
     open_metrics: bool = False
     """Serve /metrics without a key, for a scraper that has none."""
+    hosts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Names that clients may call it by (the Host header), beside loopback's; none: any, where there are keys."""
+    allow_env: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Variables that are refused otherwise, because they open the engine to clients or load foreign code into it."""
     anthropic_messages: bool = False
     """Serve Anthropic's /v1/messages beside the OpenAI routes."""
-    front_ends: int = Field(default=1, ge=1)
-    """Processes that answer HTTP; this version has one."""
+    front_ends: int = Field(default=1, ge=1, le=64)
+    """Processes that answer HTTP before the one engine; each beyond the first takes 0.25 GB of memory or more."""
+
+    @field_validator("hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            _parse_host(f"[{host}]" if host.count(":") > 1 else host, "8000")
+        return value
 
     @field_validator("listen")
     @classmethod
@@ -126,17 +144,41 @@ class ServerSettings(_Table):
         parse_listen(value)
         return value
 
-    @field_validator("front_ends")
-    @classmethod
-    def _one_front_end(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"must be 1: this version serves with one front end, not {value}")
-        return value
-
     @property
     def listen_on(self) -> Listen:
         """`listen`, parsed."""
         return parse_listen(self.listen)
+
+
+class LimitSettings(_Table):
+    """`[limits]`: what one request may ask for. What is refused gets a 400 or 413 that names the option."""
+
+    max_choices: int = Field(default=8, ge=1, le=16_384)
+    """Largest `n`."""
+    max_prompts: int = Field(default=2048, ge=1)
+    """Most prompts, or texts to embed, of one request. vLLM's own limit for completions is 1024."""
+    max_messages: int = Field(default=4096, ge=1)
+    """Most messages of a chat, and most parts of one message."""
+    max_tools: int = Field(default=256, ge=0)
+    """Most tools."""
+    max_tools_bytes: int = Field(default=256 << 10, ge=256)
+    """Longest list of tools, as JSON."""
+    max_schema_bytes: int = Field(default=32 << 10, ge=256)
+    """Longest schema of an answer, or list of tools of which one must be called: what has to be compiled."""
+    max_pattern_chars: int = Field(default=1024, ge=1)
+    """Longest regular expression in a schema."""
+    max_label_chars: int = Field(default=1024, ge=16)
+    """Longest stop string, bad word, name or id."""
+    max_token_ids: int = Field(default=1024, ge=1)
+    """Most entries of logit_bias, allowed_token_ids and the like."""
+    max_nesting: int = Field(default=64, ge=8, le=200)
+    """Deepest nesting of arrays and objects in a body."""
+    max_values: int = Field(default=1_000_000, ge=1000)
+    """Most values in a body; commas and brackets in texts count as well."""
+    allow: Annotated[tuple[Opened, ...], BeforeValidator(_as_tuple)] = ()
+    """Fields that are refused otherwise, because one request could kill or block the engine with them."""
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    """What becomes of fields that vLLM does not know; it ignores them itself."""
 
 
 class RecoverySettings(_Table):
@@ -175,21 +217,31 @@ class RecoverySettings(_Table):
 class GpuSettings(_Table):
     """`[gpu]`: which devices, and how hot they may get."""
 
-    devices: Annotated[tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(_as_tuple)] = None
-    """Indices of the GPUs to use; without it all visible ones."""
+    devices: tuple[Device, ...] | None = None
+    """The GPUs to use, by index, UUID or PCI address, bound to their NUMA nodes; without it all visible ones."""
     wait_timeout_s: Seconds = 300
     """How long a start waits for the driver and the GPUs."""
     pause_above_celsius: int = Field(default=0, ge=0, le=110)
     """Admission pauses above this temperature, until 5 degrees below it; 0: never."""
 
-    @field_validator("devices")
+    @field_validator("devices", mode="before")
     @classmethod
-    def _some_and_each_once(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and not value:
+    def _some_and_each_once(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        if not value:
             raise ValueError("is empty: name at least one device, or leave it out to use all")
-        if value is not None and len(set(value)) < len(value):
+        devices = tuple(map(parse_device, value))
+        if len(set(devices)) < len(devices):
             raise ValueError("names a device twice")
-        return value
+        return devices
+
+
+class NetworkSettings(_Table):
+    """`[network]`: what may be reached from here."""
+
+    engine: Literal["auto", "closed", "open"] = "auto"
+    """closed: an engine's processes reach this machine's loopback only; auto: open where hosts or downloads need it."""
 
 
 class LogSettings(_Table):
@@ -199,6 +251,10 @@ class LogSettings(_Table):
     """Least severity that is logged."""
     format: Literal["auto", "journal", "console", "json"] = "auto"
     """auto: journal fields under systemd, else readable lines."""
+
+
+TABLES = ("server", "limits", "recovery", "gpu", "network", "log")
+"""The tables whose options are ours, in the file's order."""
 
 
 class Settings(_Table):
@@ -212,6 +268,8 @@ class Settings(_Table):
     """Hub id or folder of the model."""
     server: ServerSettings = ServerSettings()
     """Who may connect, and how long they wait."""
+    limits: LimitSettings = LimitSettings()
+    """What one request may ask for."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """vLLM's arguments by their own names, with `_`; checked at vLLM's border, not here."""
     engine_env: dict[str, str] = Field(default_factory=dict)
@@ -220,5 +278,7 @@ class Settings(_Table):
     """How far and how often llm-serve helps itself."""
     gpu: GpuSettings = GpuSettings()
     """Which devices, and how hot they may get."""
+    network: NetworkSettings = NetworkSettings()
+    """What may be reached from here."""
     log: LogSettings = LogSettings()
     """How much is logged, and in which form."""

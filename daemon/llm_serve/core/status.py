@@ -9,8 +9,28 @@ from llm_serve.core.telemetry import Reading
 
 
 @dataclass(frozen=True, slots=True)
+class FrontEndStatus:
+    """One of several processes that answer HTTP; `place` 0 is the daemon's own.
+
+    `epoch` is that of the engine which it gives requests to, 0 while there is none. Forks share part of their memory.
+    """
+
+    place: int
+    pid: int
+    epoch: int
+    requests_held: int
+    requests_in_flight: int
+    connections: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One instance at one moment. Times are seconds; `since` and `started` are Unix times."""
+    """One instance at one moment. Times are seconds; `since` and `started` are Unix times.
+
+    `asked` is the plan of the file, `engine_arguments` that of the moment. `requests_running` and `requests_waiting`
+    are those in the engine, `kv_cache_usage` is a share of 1; None without an engine.
+    """
 
     instance: str
     model: str
@@ -31,17 +51,25 @@ class Snapshot:
     steps: tuple[str, ...] = ()
     max_model_len: int | None = None
     max_num_seqs: int | None = None
+    asked: dict[str, Any] = field(default_factory=dict)
     engine_starts: int = 0
     last_failure: str | None = None
     failures: tuple[dict[str, Any], ...] = ()
     seconds_since_engine_step: float | None = None
+    engine_stalled_s: float = 0.0
+    max_queued: int = 0
     requests_held: int = 0
     requests_in_flight: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    kv_cache_usage: float | None = None
     is_drained: bool = False
     too_hot: str = ""
     reload_failed: str | None = None
+    engine_network: str = ""
     engine_pids: tuple[int, ...] = ()
     memory_bytes: int = 0
+    front_ends: tuple[FrontEndStatus, ...] = ()
     gpus: tuple[Reading, ...] = ()
     engine_arguments: dict[str, Any] = field(default_factory=dict)
 

@@ -2,12 +2,18 @@
 
 One death proves nothing, and who was in flight at two of them may have had bad company. Such a request is suspected
 and runs alone, one suspect at a time: whoever then takes the engine along is guilty, and everybody else is cleared.
+
+Several front ends have a ledger each, of their own requests, and let the others know how many are with the engine and
+how many are suspected. Alone means alone before all of them: while one has suspects nobody else gives the engine
+anything, the suspects of the front end with the lowest number go first, and each waits until nothing is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+
+from llm_serve.core.company import ALONE, Company
 
 DEATHS_TO_SUSPECT = 2
 _SHORTEST_TRIAL_S, _LONGEST_TRIAL_S = 5.0, 60.0
@@ -26,9 +32,10 @@ class _Record:
 
 
 class Suspects:
-    """The ledger of one instance. Requests are known by any hashable name, times are monotonic seconds."""
+    """The ledger of one front end. Requests are known by any hashable name, times are monotonic seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, company: Company = ALONE) -> None:
+        self._company = company
         self._records: dict[Hashable, _Record] = {}
         self._awaiting_verdict: list[Hashable] = []
         self._banned: dict[str, float] = {}
@@ -41,24 +48,32 @@ class Suspects:
     def give(self, name: Hashable, at: float) -> None:
         """It is with an engine now."""
         self._records[name].given_at = at
+        self._tell()
 
     def leave(self, name: Hashable) -> None:
         """It has its answer, or nobody waits for one any more."""
-        self._records.pop(name, None)
+        if self._records.pop(name, None) is not None:
+            self._tell()
 
     # An engine's end.
-    def engine_lost(self, at: float) -> None:
-        """The engine is gone with everything that was in flight; whether one of them can be the cause follows."""
+    def engine_lost(self, at: float) -> int:
+        """The engine is gone with everything that was in flight; whether one of them can be the cause follows.
+
+        Returns how many of this ledger were with it.
+        """
         for name, record in self._records.items():
             if record.given_at is not None:
                 self._awaiting_verdict.append(name)
                 record.longest_s = max(record.longest_s, at - record.given_at)
                 record.given_at = None
+        self._tell()
+        return len(self._awaiting_verdict)
 
-    def verdict(self, *, may_be_a_request: bool) -> None:
+    def verdict(self, *, may_be_a_request: bool, everywhere: int | None = None) -> None:
         """Why the engine was lost: count the death against those in flight, or against nobody.
 
-        Before the next engine; without an engine lost since the last verdict it changes nothing.
+        `everywhere` is how many were in flight at all front ends together, where there are several. Before the next
+        engine; without an engine lost since the last verdict it changes nothing.
         """
         in_flight, self._awaiting_verdict = self._awaiting_verdict, []
         if not may_be_a_request:
@@ -66,7 +81,8 @@ class Suspects:
         for name in in_flight:
             if (record := self._records.get(name)) is not None:
                 record.deaths += 1
-                record.was_alone = record.was_alone or len(in_flight) == 1
+                record.was_alone = record.was_alone or (everywhere or len(in_flight)) == 1
+        self._tell()
 
     # Questions.
     def is_guilty(self, name: Hashable) -> bool:
@@ -76,10 +92,13 @@ class Suspects:
 
     def may_run(self, name: Hashable) -> bool:
         """True when the engine may have it now: there is no suspect, or it is the one whose turn it is."""
-        suspect = self.next_suspect
+        suspect, others = self.next_suspect, self._company.others()
+        if any(other.suspects and (other.goes_first or suspect is None) for other in others):
+            return False
         if suspect is None:
             return True
-        return name == suspect and all(record.given_at is None for record in self._records.values())
+        is_empty = all(record.given_at is None for record in self._records.values())
+        return name == suspect and is_empty and not any(other.given for other in others)
 
     @property
     def next_suspect(self) -> Hashable | None:
@@ -94,6 +113,12 @@ class Suspects:
         """It has run alone for long enough: the deaths were not its doing."""
         if (record := self._records.get(name)) is not None and record.given_at is not None:
             record.deaths, record.was_alone = 0, False
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._company is not ALONE:
+            given = sum(record.given_at is not None for record in self._records.values())
+            self._company.tell_work(given=given, suspects=sum(map(self._is_suspected, self._records)))
 
     def _is_suspected(self, name: Hashable) -> bool:
         return self._records[name].deaths >= DEATHS_TO_SUSPECT

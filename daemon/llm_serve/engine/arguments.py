@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -21,6 +21,7 @@ from typing import Any
 
 from llm_serve.core.instance_file import nearest
 from llm_serve.core.plan import HIDDEN, SECRET_NAME, EnginePlan
+from llm_serve.engine import numa
 from llm_serve.engine.refusals import Report, plain, shown
 from llm_serve.engine.weights import check_tokenizer, check_weights, looks_like_path
 
@@ -45,6 +46,7 @@ OWNED: Mapping[str, str] = {
     "api_server_count": "Set server.front_ends",
     "config": "This file is the configuration; write its options under [engine]",
     "data_parallel_supervisor_port": _LISTEN,
+    "device_ids": "Set gpu.devices",
     "disable_access_log_for_endpoints": _LOG,
     "disable_log_stats": "Hangs are found by the engine's statistics, so they stay on",
     "disable_uvicorn_access_log": _LOG,
@@ -103,7 +105,7 @@ def _parser() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _options() -> dict[str, argparse.Action]:
+def known_options() -> dict[str, argparse.Action]:
     """Every option that a file may write, by the name it has there."""
     options: dict[str, argparse.Action] = {}
     for action in _parser()._actions:  # noqa: SLF001 - argparse has no public list of its options
@@ -115,7 +117,7 @@ def _options() -> dict[str, argparse.Action]:
 
 
 def _report(source: str, text: str | None) -> Report:
-    return Report(source, text, _options().keys())
+    return Report(source, text, known_options().keys())
 
 
 def parse_plan(plan: EnginePlan, *, source: str, text: str | None = None) -> argparse.Namespace:
@@ -125,12 +127,12 @@ def parse_plan(plan: EnginePlan, *, source: str, text: str | None = None) -> arg
     """
     report = _report(source, text)
     for name, value in plan.arguments.items():
-        for message, hint in _option_problems(name, value):
+        for message, hint in option_problems(name, value):
             report.add(f"engine.{name}", message, hint)
     report.raise_if_any()
     argv = [f"--model={plan.model}"]
     for name, value in plan.arguments.items():
-        argv += _as_argv(name, value, _options()[name])
+        argv += _as_argv(name, value, known_options()[name])
     with report.refusals():
         return _parse_together(argv)
 
@@ -142,6 +144,33 @@ def _parse_together(argv: list[str]) -> argparse.Namespace:
     validate_parsed_serve_args(namespace)
     _check_output_parsers(namespace)
     return namespace
+
+
+def unknown_name(option: str, value: object) -> tuple[str, str | None] | None:
+    """Return (message, hint) when vLLM does not know a name that it looks up only when an engine is made."""
+    known = _names(option) if isinstance(value, str) and option in _NAMED else None
+    if known is None or str(value) in known or (option == "attention_backend" and str(value).upper() in known):
+        return None
+    match = nearest(str(value), tuple(known))
+    return f"vLLM has no {value}", f"Did you mean {match}?" if match else f"It has {', '.join(sorted(known))}"
+
+
+_NAMED = frozenset({"attention_backend", "load_format", "quantization"})
+
+
+def _names(option: str) -> Collection[str]:
+    from vllm.model_executor import model_loader
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    load_general_plugins()  # they add names
+    known: dict[str, Collection[str]] = {
+        "attention_backend": ("AUTO", *AttentionBackendEnum.__members__),
+        "load_format": model_loader._LOAD_FORMAT_TO_MODEL_LOADER,  # noqa: SLF001 - vLLM has no public list of them
+        "quantization": QUANTIZATION_METHODS,
+    }
+    return known[option]
 
 
 def _check_output_parsers(namespace: argparse.Namespace) -> None:
@@ -161,9 +190,9 @@ def _check_output_parsers(namespace: argparse.Namespace) -> None:
             raise ValueError(f"{option} {shown(name)} is not known to vLLM{meant}")
 
 
-def _option_problems(name: str, value: object) -> Iterator[tuple[str, str | None]]:
+def option_problems(name: str, value: object) -> Iterator[tuple[str, str | None]]:
     """Yield (message, hint) for what is wrong with one option, taken alone."""
-    options = _options()
+    options = known_options()
     if name in OWNED:
         yield "is not an engine option here", OWNED[name]
     elif name not in options:
@@ -177,16 +206,19 @@ def _option_problems(name: str, value: object) -> Iterator[tuple[str, str | None
             yield _in_words(str(error), value, action), _nearest_choice(value, action)
         except Exception as error:  # noqa: BLE001 - each option has its own converter, and none a promise
             yield plain(str(error)), None
+        else:
+            if (unknown := unknown_name(name, value)) is not None:
+                yield unknown
 
 
 def _hint_for_unknown(name: str, value: object) -> str | None:
     positive = name.removeprefix("no_")
-    if positive != name and positive in _options():
+    if positive != name and positive in known_options():
         return f"Set {positive} = {'false' if value is True else 'true'}"
-    for action in _options().values():
+    for action in known_options().values():
         if f"-{name}" in action.option_strings:
             return f"Did you mean {action.dest}?"
-    match = nearest(name, tuple(_options()))
+    match = nearest(name, tuple(known_options()))
     return f"Did you mean {match}?" if match else "See the list of engine arguments in vLLM's manual"
 
 
@@ -254,20 +286,8 @@ def engine_config(namespace: argparse.Namespace, *, source: str = "", text: str 
     _check_model_exists(namespace.model, report)
     with report.refusals():
         created = _create(namespace)
-        _check_load_format(namespace.load_format)
+        numa.check(created[1].parallel_config)
         return created
-
-
-def _check_load_format(name: str) -> None:
-    """Refuse an unknown loader, as the engine's process would. Plugins add loaders: call it after them."""
-    from vllm.config.load import LoadConfig
-    from vllm.model_executor.model_loader import get_model_loader
-
-    try:
-        get_model_loader(LoadConfig(load_format=name))
-    except KeyError:
-        # The loader exists, and misses options of its own that a real start gives it.
-        return
 
 
 def _create(namespace: argparse.Namespace) -> tuple[Any, Any]:

@@ -26,5 +26,7 @@ def effective(config: Any, device_memory_bytes: int | None) -> Effective:
         enforce_eager=bool(model.enforce_eager),
         attention_backend=backend.name if backend is not None else None,
         tensor_parallel_size=config.parallel_config.tensor_parallel_size,
+        world_size=config.parallel_config.world_size_across_dp,
+        numa_bind=bool(config.parallel_config.numa_bind),
         chunked_prefill=bool(scheduler.enable_chunked_prefill),
     )

@@ -9,7 +9,9 @@ from typing import Any
 from llm_serve.core.evidence import ErrorRecord, Evidence
 from llm_serve.core.progress import Phase, phase_of
 
-_OUTPUT_LINES, _ERRORS = 200, 50
+_OUTPUT_LINES, _TAIL_LINES, _ERRORS = 400, 20, 50
+_TELLING = "Exception in aoti_torch"
+"""How torch prints an exception that it does not pass on through its C interface."""
 _CAUSE_LIMIT = 20
 _ERROR_LEVELS = frozenset({"ERROR", "CRITICAL"})
 """vLLM also logs exceptions that it gets over, as warnings; they explain no failure."""
@@ -56,6 +58,12 @@ class Collector:
         """True once the fork server has told how each of these ended; it tells nothing of those that ended well."""
         return set(pids) <= self._ended.keys()
 
+    def _tail(self) -> tuple[str, ...]:
+        """The last lines, and before them those that are the only word on an error: a long C++ trace follows them."""
+        lines = tuple(self._output)
+        telling = tuple(line for line in lines[:-_TAIL_LINES] if _TELLING in line)
+        return telling[-_TAIL_LINES:] + lines[-_TAIL_LINES:]
+
     def evidence(self, error: BaseException | None = None, *, since: float = 0.0, **more: Any) -> Evidence:
         """What is known now, with the error that the daemon itself saw.
 
@@ -67,7 +75,7 @@ class Collector:
         return Evidence(
             phase=self.phase.name if self.phase else "",
             errors=tuple(record for time, record in self._errors if time >= since),
-            output_tail=tuple(self._output)[-20:],
+            output_tail=self._tail(),
             exit_codes=codes,
             parent_error=ErrorRecord("", f"{type(error).__module__}.{type(error).__qualname__}", str(error))
             if error

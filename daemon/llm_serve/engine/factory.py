@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import importlib
-import importlib.util
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -30,11 +28,13 @@ from llm_serve.core.course import Effective
 from llm_serve.core.errors import ConfigError, HostError, LlmServeError
 from llm_serve.core.evidence import Evidence
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, Marks, is_progress
-from llm_serve.engine import forkserver, relay
+from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, MEETING, Marks, is_progress
+from llm_serve.engine import attach, forkserver, loading, relay
 from llm_serve.engine.evidence import Collector
 from llm_serve.host import interpreter, processes, stacks
+from llm_serve.host.closed_network import OPEN, Network
 from llm_serve.host.logs import get_logger
+from llm_serve.host.placement import Placement
 
 if TYPE_CHECKING:
     from llm_serve.engine.steps import StepWatch
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _KILL_TIMEOUT_S = 10.0
+_UNKILLABLE_S = 20.0
+"""Beyond that: a process that has GBs to give back takes seconds, one that is stuck in a driver for ever."""
 _LOOK_EVERY_S = 1.0
 _LAST_STACKS_S = 1.0
 _LAST_RECORDS_S = 0.2
@@ -49,11 +51,14 @@ _LAST_RECORDS_S = 0.2
 _ASK_TIMEOUT_S = 5.0
 _TEMPORARY_PREFIX = "llm-serve-"
 _LEFTOVERS = "shared-memory.txt"
+_MEETING_IN_WORDS = "nothing was read or logged while the processes of its GPUs were to meet"
 
 PROCESS_ENVIRONMENT = {
     # vLLM would stop our HTTP server when an engine dies.
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    # An allowed place for media could send the server on to any other, such as the cloud's own.
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     # Else vLLM asks the default route for an address, and torch's store listens there.
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -146,6 +151,16 @@ class Factory:
         """What the last engine was built with, or was about to be."""
         self.device_memory_bytes: int | None = None
         """Of one GPU, where somebody has found it out."""
+        self.placement = Placement()
+        """Where the next engines run."""
+        self.network: Network = OPEN
+        """What the next engines can reach."""
+        self.environ: dict[str, str] = {}
+        """What this process's environment is while no engine is being built."""
+        self.party: attach.Party | None = None
+        """The front ends beside this process, where there are any."""
+        self.spared: set[int] = set()
+        """The pids of those front ends: processes below this one that are no engine's."""
 
     def read_from(self, origin: Origin) -> None:
         """The file behind the next plans is this one."""
@@ -157,10 +172,16 @@ class Factory:
         defaults = PROCESS_ENVIRONMENT | {"VLLM_LOGGING_CONFIG_PATH": str(self._logging_config)}
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
+        self.environ = dict(os.environ)
         env = engine_environment(plan) | {processes.MARKER: str(self._runtime)}
+        if self.network.broker is not None:
+            env.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's library is loaded; nothing waits for an answer
+        if self.party is not None:
+            env[forkserver.FRONT_ENDS_VARIABLE] = "1"
         if self._forked_with != env or not forkserver.is_running():
             forkserver.stop()
-            forkserver.start(env, architectures, self._receiver, self._runtime / "mp")
+            placed = env | self.placement.env  # vLLM asks for the first GPU while it loads, and remembers
+            forkserver.start(placed, architectures, self._receiver, self._runtime / "mp")
             self._forked_with = env
 
     async def build(self, plan: EnginePlan, epoch: int, *, timeout_s: float, stall_timeout_s: float) -> Engine:
@@ -187,7 +208,10 @@ class Factory:
             await self._clear(folders)
             raise
         except _Stalled as stalled:
-            raise await self._too_slow(building, folders, stalled_for_s=stalled.seconds) from stalled
+            waited_for = _MEETING_IN_WORDS if self._is_meeting else ""
+            raise await self._too_slow(
+                building, folders, stalled_for_s=stalled.seconds, stalled_on=waited_for
+            ) from stalled
         except TimeoutError as error:
             raise await self._too_slow(building, folders, timed_out_after_s=timeout_s) from error
         except asyncio.CancelledError:
@@ -222,14 +246,19 @@ class Factory:
         before = await asyncio.to_thread(self.marks)
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
-            _free_dead_engines()  # meanwhile the new one's processes load
+            free_dead_engines()  # meanwhile the new one's processes load
             after = await asyncio.to_thread(self.marks)
             await asyncio.to_thread(self._note_leftovers)
-            if is_progress(before, after, _LOOK_EVERY_S):
+            if is_progress(before, after, _LOOK_EVERY_S, spins=self._is_meeting):
                 self._progressed_at = time.monotonic()
             before = after
             if (idle_s := self.idle_s) > stall_timeout_s:
                 raise _Stalled(idle_s)
+
+    @property
+    def _is_meeting(self) -> bool:
+        """True while processes on several GPUs may wait for each other."""
+        return self.built.device != "cpu" and self.built.world_size > 1 and self._collector.phase == MEETING
 
     @property
     def idle_s(self) -> float:
@@ -237,15 +266,16 @@ class Factory:
         return time.monotonic() - self._progressed_at
 
     def _build_in_thread(self, plan: EnginePlan, epoch: int, folders: tuple[Path, Path]) -> Engine:
-        private = {"VLLM_RPC_BASE_PATH": str(folders[0]), "TMPDIR": str(folders[1])}
+        private = {"VLLM_RPC_BASE_PATH": str(folders[0]), "TMPDIR": str(folders[1]), **self.network.env}
         source, text = self._origin.source, self._origin.text
         self._collector.phase = IMPORTING
-        with forkserver.environment(engine_environment(plan) | private):
-            import_vllm()
-            from llm_serve.engine import arguments, effective, forced, media_cache, tokenizer_copies
+        with forkserver.environment(engine_environment(plan) | self.placement.env | private):
+            loading.import_vllm()
+            from llm_serve.engine import arguments, effective, forced, media_cache, numa, pieces, tokenizer_copies
             from llm_serve.engine.steps import StepWatch
 
             args = arguments.parse_plan(plan, source=source, text=text)
+            numa.place(args, plan.arguments, self.placement)
             self._collector.phase = CONFIGURING
             from vllm.logger import configure_logging_from_args
             from vllm.usage.usage_lib import UsageContext
@@ -253,21 +283,29 @@ class Factory:
 
             configure_logging_from_args(args)
             engine_args, config = arguments.engine_config(args, source=source, text=text)
+            if why := numa.give_up_where_impossible(config.parallel_config):
+                get_logger().warning(f"the engine is not bound to a NUMA node: {why}")
+            if self.party is not None:
+                attach.check(config, source)
             self.built = effective.effective(config, self.device_memory_bytes)
             arguments.check_model(args, source=source, text=text)
             forced.install(config)
             tokenizer_copies.install()
             media_cache.install()
+            pieces.install()
             forkserver.install()
             self._collector.phase = LAUNCHING
             steps = StepWatch()
-            llm = AsyncLLM.from_vllm_config(
-                config,
-                usage_context=UsageContext.OPENAI_API_SERVER,
-                stat_loggers=[lambda *_: steps],
-                aggregate_engine_logging=engine_args.aggregate_engine_logging,
-                disable_log_stats=engine_args.disable_log_stats,
-            )
+            env = engine_environment(plan) | {"VLLM_RPC_BASE_PATH": str(folders[0])}
+            with self.party.invited(epoch, config, args, env) if self.party else contextlib.nullcontext():
+                llm = AsyncLLM.from_vllm_config(
+                    config,
+                    usage_context=UsageContext.OPENAI_API_SERVER,
+                    stat_loggers=[lambda *_: steps],
+                    aggregate_engine_logging=engine_args.aggregate_engine_logging,
+                    disable_log_stats=engine_args.disable_log_stats,
+                    client_count=self.party.clients if self.party else 1,
+                )
         steps.attach(llm.output_processor.get_num_unfinished_requests)
         return Engine(epoch, llm, args, (), folders, steps)
 
@@ -282,8 +320,14 @@ class Factory:
     async def kill(self, engine: Engine) -> None:
         """End an engine that is dead or stands still: nothing is asked, all requests hear of it, nothing is left."""
         await processes.kill_all([*self._engine_processes(), *engine.processes], timeout_s=_KILL_TIMEOUT_S)
-        _tell_requests(engine)
+        attach.tell_requests(engine.llm)
         await self.stop(engine)
+
+    async def remains(self, engine: Engine | None = None) -> tuple[str, ...]:
+        """What outlives its kill for longer than `_UNKILLABLE_S`, in words: it is stuck in the kernel."""
+        killed = [*self._engine_processes(), *(engine.processes if engine else ())]
+        left = {process.pid for process in await processes.kill_all(killed, timeout_s=_UNKILLABLE_S)}
+        return tuple(stacks.where(pid) for pid in sorted(left))
 
     async def kill_rest(self) -> None:
         """End whatever runs below the daemon, but for the fork server, and remove what it had in memory."""
@@ -302,12 +346,9 @@ class Factory:
             with contextlib.suppress(Exception):
                 asked = asyncio.to_thread(engine.llm.engine_core.shutdown, _ASK_TIMEOUT_S)
                 await asyncio.wait_for(asked, _ASK_TIMEOUT_S + 2)
-            _tell_requests(engine)
+            attach.tell_requests(engine.llm)
         await processes.kill_all([*living, *engine.processes], timeout_s=_KILL_TIMEOUT_S)
-        with contextlib.suppress(Exception):
-            engine.llm.shutdown(0)
-            # Requests that go on elsewhere began with this engine's threads, and end with them (embeddings, for one).
-            engine.llm.renderer._executor.replace_inner()  # noqa: SLF001 - vLLM's handlers hold it too
+        attach.let_go(engine.llm)
         await self._sweep(engine.folders)
 
     def close(self) -> None:
@@ -321,7 +362,7 @@ class Factory:
 
     def marks(self) -> Marks:
         """What a start has done so far. The daemon itself counts until there are processes of the engine."""
-        working = processes.descendants()
+        working = processes.descendants(without=self.spared)
         if len(working) <= 1:
             working.append(psutil.Process())
         return Marks(*processes.progress_mark(working), self._collector.heard)
@@ -329,17 +370,19 @@ class Factory:
     async def _abandon(self, building: asyncio.Task[Engine], folders: tuple[Path, ...]) -> None:
         """Kill a start. Its thread ends by itself when its processes are gone."""
         for _ in range(20):
-            await self._clear(folders)
+            is_stuck = bool(await self._clear(folders))
             done, _ = await asyncio.wait({building}, timeout=0.5)
-            if done:
+            if done or is_stuck:
                 break
         if building.done() and not building.cancelled() and building.exception() is None:
             await self.stop(building.result())
         await self._clear(folders)
 
-    async def _clear(self, folders: tuple[Path, ...]) -> None:
-        await processes.kill_all(self._engine_processes(), timeout_s=_KILL_TIMEOUT_S)
+    async def _clear(self, folders: tuple[Path, ...]) -> list[psutil.Process]:
+        """Returns the processes that cannot be ended."""
+        left = await processes.kill_all(self._engine_processes(), timeout_s=_KILL_TIMEOUT_S)
         await self._sweep(folders)
+        return left
 
     async def _sweep(self, folders: tuple[Path, ...]) -> None:
         """Remove what the processes of an engine, which are gone, have left.
@@ -352,7 +395,8 @@ class Factory:
         _remove(folders)
 
     def _engine_processes(self) -> list[psutil.Process]:
-        return processes.descendants(without=[pid for pid in (forkserver.running_pid(),) if pid])
+        server = forkserver.running_pid()
+        return processes.descendants(without=self.spared | ({server} if server else set()))
 
     def _own_processes(self) -> list[psutil.Process]:
         """The daemon and the fork server, which outlive engines."""
@@ -367,23 +411,16 @@ class Factory:
         return sockets, Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{self._runtime.name}-e{epoch}-"))
 
 
-def _free_dead_engines() -> None:
+def free_dead_engines() -> None:
     """Free what engines that are gone still hold in this process, their tokenizers for the most part: 40 MB each.
 
     vLLM 0.32 remembers by the method which arguments a tokenizer's chat template takes, and so keeps every tokenizer.
+    In a fork of the fork server, which has seen to that, what the server has loaded is not looked at.
     """
     functions = sys.modules.get("vllm.utils.func_utils")
     with contextlib.suppress(AttributeError):
         functions._supports_kw.cache_clear()  # type: ignore[union-attr]  # noqa: SLF001 - it has no other name
     interpreter.collect_frozen()
-
-
-def _tell_requests(engine: Engine) -> None:
-    """Let every request in flight find its engine dead. vLLM does so when it notices; not for one that it shut down."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    engine.llm.engine_core.resources.engine_dead = True
-    engine.llm.output_processor.propagate_error(EngineDeadError())
 
 
 async def _unless_stalled(work: Awaitable[T], watching: asyncio.Task[None]) -> T:
@@ -415,33 +452,6 @@ def is_cpu_build() -> bool:
     return False
 
 
-def import_vllm() -> None:
-    """Import what the daemon needs of vLLM, 20 s with cold disks. Call it inside `interpreter.loop_first`."""
-    _map_torch()
-    for name in _DAEMON_IMPORTS:
-        importlib.import_module(name)
-
-
-def _map_torch() -> None:
-    """Map torch's libraries before `import torch` does it with the interpreter locked, 0.2 s warm and more cold."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return
-    libraries = Path(spec.origin).parent / "lib"
-    dlopen = ctypes.CDLL(None).dlopen  # called as a foreign function, it lets other threads run
-    for name in ("libtorch_global_deps.so", "libtorch_python.so"):
-        dlopen(str(libraries / name).encode(), os.RTLD_LAZY | os.RTLD_GLOBAL)
-
-
-_DAEMON_IMPORTS = (
-    "vllm.entrypoints.launchers.cli_args",
-    "vllm.v1.engine.async_llm",
-    "vllm.entrypoints.launchers.app",
-    "vllm.entrypoints.launchers.api_server.app_state",
-    "llm_serve.engine.survivor",
-)
-
-
 def remove_leftovers(places: Places) -> None:
     """Remove what an earlier life of this instance left: processes, sockets, temporary files, shared memory.
 
@@ -454,8 +464,10 @@ def remove_leftovers(places: Places) -> None:
             stray.kill()
             stray.wait(_KILL_TIMEOUT_S)
     _remove((*runtime.glob("e[0-9]*"), runtime / "mp"))
-    mine = Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}{runtime.name}-e[0-9]*")
-    _remove(tuple(path for path in mine if path.stat().st_uid == os.getuid()))
+    # An instance "a-e5" may be at work beside an instance "a".
+    mine = re.compile(rf"{_TEMPORARY_PREFIX}{re.escape(runtime.name)}-e[0-9]+-[a-z0-9_]+")
+    found = (path for path in Path(tempfile.gettempdir()).iterdir() if mine.fullmatch(path.name))
+    _remove(tuple(path for path in found if path.stat().st_uid == os.getuid()))
     with contextlib.suppress(OSError, UnicodeDecodeError):
         names = (places.state / _LEFTOVERS).read_text().split()
         processes.unlink_all(Path(name) for name in names if processes.is_shared_memory(name))

@@ -5,9 +5,9 @@ server that has imported them once brings a rebuild to 8 s. vLLM 0.32 cannot be 
 overwrites the start method with `spawn`), so `install` replaces `get_mp_context` where vLLM looks it up, here
 and in the fork server, from which EngineCore starts its workers.
 
-Three things a forked child would otherwise miss are set in `_enter_child`: the environment of the moment it was
-asked for, the CPUs and threads that vLLM chose for it (libgomp reads OMP_* only when it is loaded, which was in
-the fork server), and its parent's death.
+Four things a forked child would otherwise miss are set in `_enter_child`: the environment of the moment it was
+started in, the NUMA node that vLLM has chosen (see numa.py), the CPUs and threads that vLLM chose for it (libgomp reads
+OMP_* only when it is loaded, which was in the fork server), and its parent's death.
 """
 
 # ruff: noqa: SLF001 - CPython has no public way to stop, find or reuse a fork server
@@ -25,23 +25,27 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing import reduction, resource_tracker, spawn
 from pathlib import Path
 from typing import Any
 
+from llm_serve.engine import numa
 from llm_serve.engine.relay import Receiver
+from llm_serve.host import closed_network
 
 ARCHITECTURES_VARIABLE = "LLM_SERVE_ARCHITECTURES"
 OUTPUT_VARIABLE = "LLM_SERVE_ENGINE_OUTPUT"
 RECORDS_VARIABLE = "LLM_SERVE_ENGINE_RECORDS"
+PARENT_VARIABLE = "LLM_SERVE_DAEMON"
 _PATCHED_MODULES = (
     "vllm.utils.system_utils",
     "vllm.v1.engine.utils",
     "vllm.v1.engine.coordinator",
     "vllm.v1.executor.multiproc_executor",
 )
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+FRONT_ENDS_VARIABLE = "LLM_SERVE_FRONT_ENDS"
+_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 
 def start(env: Mapping[str, str], architectures: Iterable[str], receiver: Receiver, folder: Path) -> int:
@@ -57,6 +61,7 @@ def start(env: Mapping[str, str], architectures: Iterable[str], receiver: Receiv
         ARCHITECTURES_VARIABLE: ",".join(architectures),
         OUTPUT_VARIABLE: str(receiver.output_socket),
         RECORDS_VARIABLE: str(receiver.records_socket),
+        PARENT_VARIABLE: str(os.getpid()),
         "LD_PRELOAD": _libraries_to_preload(env.get("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))),
         # A pool started in the server would not exist in its forks, which would then wait for it for ever.
         "OMP_NUM_THREADS": "1",
@@ -100,6 +105,18 @@ def forget(shared_memory: Iterable[Path]) -> None:
             resource_tracker.unregister(name, "semaphore" if is_semaphore else "shared_memory")
 
 
+_server = 0
+"""The fork server's pid, known in its forks; 0 where the server has not loaded this module."""
+
+
+def become_server() -> None:
+    """This process is the fork server of the daemon that has started it: it ends with it, and adopts its orphans."""
+    global _server  # noqa: PLW0603 - a fork has nothing else from its parent
+    _server = os.getpid()
+    die_with_parent(int(os.environ[PARENT_VARIABLE]))
+    adopt_orphans()
+
+
 def install() -> None:
     """Make every later vLLM process of this process a fork of the fork server."""
     stdlib.ForkServer.ensure_running = _ensure_running  # type: ignore[method-assign]
@@ -107,6 +124,38 @@ def install() -> None:
     for name in _PATCHED_MODULES:
         if (module := sys.modules.get(name)) is not None:
             module.get_mp_context = lambda: context  # type: ignore[attr-defined]
+
+
+def start_process(target: Callable[..., Any], args: tuple[Any, ...], env: Mapping[str, str]) -> Any:
+    """Fork a process of ours that runs `target` with this environment, and return it once it is there.
+
+    Blocks while the server still loads. Sockets among `args` are handed over.
+    """
+    inner: tuple[Any, ...] = (dict(env), target, args, {})
+    process = multiprocessing.context.ForkServerProcess(target=_enter_child, args=inner)
+    process.start()
+    return process
+
+
+class Handed:
+    """A descriptor among the arguments of `start_process`; there, it is a descriptor of the new process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _take_over, (reduction.DupFd(self._descriptor),)
+
+
+def _take_over(handed: Any) -> int:
+    return int(handed.detach())
+
+
+def outlive_the_server(name: str) -> None:
+    """In a fork that is no engine's: be called `name`, and do not end when the server does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, 0)
+    libc.prctl(_PR_SET_NAME, name.encode())
 
 
 @contextlib.contextmanager
@@ -124,11 +173,15 @@ def environment(changes: Mapping[str, str]) -> Any:
                 os.environ[name] = value
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the thread that made it ends, whatever ends it."""
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when the thread that made it ends, whatever ends it.
+
+    `parent` is its pid, which only the parent itself knows for sure: it may be gone already, and 1 is a parent like any
+    other in a container.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
+    if os.getppid() != parent:
         os._exit(1)
 
 
@@ -159,29 +212,56 @@ _stdlib_ensure_running = stdlib.ForkServer.ensure_running
 
 def _ensure_running(self: Any) -> None:
     """A fork reuses the server that made it. CPython up to 3.13 would start a second one (it looks at its pid)."""
-    if self._forkserver_pid is None and self._forkserver_address and self._forkserver_alive_fd is not None:
-        resource_tracker.ensure_running()
-        return
-    _stdlib_ensure_running(self)
+    with _own_interpreter():
+        if self._forkserver_pid is None and self._forkserver_address and self._forkserver_alive_fd is not None:
+            resource_tracker.ensure_running()
+            return
+        _stdlib_ensure_running(self)
+
+
+@contextlib.contextmanager
+def _own_interpreter() -> Iterator[None]:
+    """Around the start of a process vLLM puts `numactl` in Python's place: that is not meant for the server."""
+    chosen = spawn.get_executable()
+    spawn.set_executable(sys.executable)
+    try:
+        yield
+    finally:
+        spawn.set_executable(chosen)
+
+
+class _EnvironmentOfStart:
+    """Arrives as the variables of the moment in which it is sent: some of vLLM's are set around `start()` alone."""
+
+    def __reduce__(self) -> tuple[type[dict[str, str]], tuple[dict[str, str]]]:
+        return dict, (dict(os.environ),)
 
 
 class _Context(multiprocessing.context.ForkServerContext):
-    """The fork-server context whose processes start in `_enter_child`."""
+    """The fork-server context whose processes, all of them an engine's, start in `_enter_engine`."""
 
     def Process(  # type: ignore[override]  # noqa: N802 - the library's name
         self, *, target: Any = None, args: Any = (), kwargs: Any = None, **more: Any
     ) -> Any:
-        inner = (dict(os.environ), target, args, kwargs or {})
-        return multiprocessing.context.ForkServerProcess(target=_enter_child, args=inner, **more)
+        inner = (_EnvironmentOfStart(), target, args, kwargs or {})
+        return multiprocessing.context.ForkServerProcess(target=_enter_engine, args=inner, **more)
+
+
+def _enter_engine(env: dict[str, str], *call: Any) -> Any:
+    # Before the first thread: what closes the network holds for this one and all that come of it.
+    if broker := env.get(closed_network.VARIABLE):
+        closed_network.confine(Path(broker))
+    return _enter_child(env, *call)
 
 
 def _enter_child(env: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None
-    die_with_parent()
+    die_with_parent(_server or os.getppid())
     _be_killed_before_the_daemon()
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    numa.bind(os.environ.pop(numa.ARGUMENTS_VARIABLE, ""))  # it is this process's, not its children's
     _take_cpus(env)
     envs: Any = importlib.import_module("vllm.envs")
     if hasattr(envs, "disable_envs_cache"):
@@ -206,5 +286,5 @@ def _take_cpus(env: Mapping[str, str]) -> None:
     torch: Any = sys.modules.get("torch")
     threads = env.get("OMP_NUM_THREADS", "")
     if torch is not None:
-        available = len(cpus) or mp.cpu_count()
+        available = len(os.sched_getaffinity(0))
         torch.set_num_threads(int(threads) if threads.isdigit() else available)

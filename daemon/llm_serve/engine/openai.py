@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
+
 from llm_serve.web.errors import error_response
 
 
@@ -20,10 +22,9 @@ def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed:
     """vLLM's FastAPI application with only the allowed routes. It needs `bind` before it can answer."""  # noqa: D403 - its name
     from vllm.entrypoints.launchers.app import build_app as vllm_build_app
 
-    if args.allowed_origins == ["*"]:
-        # vLLM's default lets every web page that the user opens talk to a model on his own machine.
-        args.allowed_origins = []
     app = vllm_build_app(args, tuple(tasks), model_config)
+    # Web pages of other origins are let in, or not, before the gate (web/origins.py).
+    app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
     app.router.routes = [route for route in app.router.routes if _is_allowed(route, allowed)]
     app.router.default = _not_served
     # vLLM's error handlers look at a server that they may stop; ours is not theirs to stop.

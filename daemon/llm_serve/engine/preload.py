@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-from llm_serve.engine import forkserver, relay, startup_plans
+from llm_serve.engine import forkserver, loading, orphans, relay, startup_plans
 
 _ALWAYS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.structured_output")
 _CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.attention.backends.cpu_attn")
@@ -38,6 +38,8 @@ _CUDA = (
     "torch._inductor.fx_passes.fuse_attention",
     "sympy.tensor",
 )
+_FRONT_END = ("llm_serve.front_end", *loading.DAEMON_IMPORTS)
+"""What front ends share the memory of, where they are forked as well; the first engine waits for it."""
 
 
 def _write_to(output: str) -> None:
@@ -59,6 +61,8 @@ def _modules(architectures: list[str]) -> Iterator[str]:
     for architecture in architectures:
         if known := registry._VLLM_MODELS.get(architecture):  # noqa: SLF001 - its public face imports the model
             yield f"vllm.model_executor.models.{known[0]}"
+    if os.environ.get(forkserver.FRONT_ENDS_VARIABLE):
+        yield from _FRONT_END
 
 
 def _load(names: Iterator[str]) -> None:
@@ -115,13 +119,13 @@ def _log_to(records: str) -> None:
 
 # Ctrl-C in a terminal, and `timeout`, signal the whole process group: the daemon must drain before its engine ends.
 os.setsid()
-forkserver.die_with_parent()
-forkserver.adopt_orphans()
+forkserver.become_server()
 _write_to(os.environ.get(forkserver.OUTPUT_VARIABLE, ""))
 _log_to(os.environ.get(forkserver.RECORDS_VARIABLE, ""))
 _load(_modules([name for name in os.environ.get(forkserver.ARCHITECTURES_VARIABLE, "").split(",") if name]))
 forkserver.install()
 startup_plans.install()
+orphans.install()
 _hash_triton()
 _tell_ends()
 _freeze()

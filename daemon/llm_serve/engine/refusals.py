@@ -116,6 +116,12 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
         "Choose a divisor of the heads",
     ),
     (
+        r"world size \(\d+\) is larger than the number of available gpus",
+        "engine.tensor_parallel_size",
+        "Lower the parallel sizes, or name more GPUs in gpu.devices",
+    ),
+    (r"pipeline parallelism is not supported", "engine.pipeline_parallel_size", "Use tensor_parallel_size instead"),
+    (
         r"max_num_batched_tokens .*max_num_seqs",
         "engine.max_num_batched_tokens",
         "Raise it, or lower max_num_seqs",
@@ -158,7 +164,7 @@ def _one_refusal(message: str, option: str, options: Collection[str]) -> tuple[s
 
 def _shortened(message: str) -> str:
     """The first sentence says what is wrong; what follows is advice for a command line."""
-    return re.split(r"\. To allow overriding| Tried: ", message, maxsplit=1)[0]
+    return re.split(r"\. To allow overriding|\. If this is intentional| Tried: ", message, maxsplit=1)[0]
 
 
 def _path_of(option: str, message: str, options: Collection[str]) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from llm_serve.core.admission import Load
+from llm_serve.core import tally
+from llm_serve.core.admission import IDLE, Load
 
 
 class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any here
@@ -24,12 +25,26 @@ class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any h
         self.last_step_at: float | None = None
         self.running = self.waiting = 0
         self._unfinished: Callable[[], int] = int
+        self._elsewhere: Callable[[], int] = int
         self._tell: Callable[[Load], None] | None = None
         self._busy_since: float | None = None
 
     def attach(self, unfinished: Callable[[], int]) -> None:
         """Say how to ask for the number of requests that the engine has not finished."""
         self._unfinished = unfinished
+
+    def share(self, elsewhere: Callable[[], int]) -> None:
+        """Say how to ask for the same number of other clients of the engine."""
+        self._elsewhere = elsewhere
+
+    @property
+    def unfinished(self) -> int:
+        """How many requests of this client the engine has not finished."""
+        return self._unfinished()
+
+    def heard_of_step(self, at: float) -> None:
+        """Another client of the engine was told of a step at that time."""
+        self.last_step_at = max(at, self.last_step_at or 0.0)
 
     def tell(self, note: Callable[[Load], None]) -> None:
         """Call `note` with the work of all cores after every step from now on."""
@@ -53,10 +68,22 @@ class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any h
             self.last_step_at = self._clock()
         if mark is not None:
             self._marks[engine_idx] = mark
-        if scheduler_stats is not None and self._tell is not None:
-            self._tell(self._load())
+        if self._tell is None:
+            return  # the first token of all is no client's
+        if iteration_stats is not None:
+            tally.HERE.count(
+                prompt=iteration_stats.num_prompt_tokens,
+                generated=iteration_stats.num_generation_tokens,
+                first_tokens_s=iteration_stats.time_to_first_tokens_iter,
+            )
+        if scheduler_stats is not None:
+            self._tell(self.load)
 
-    def _load(self) -> Load:
+    @property
+    def load(self) -> Load:
+        """The work of all cores, as their last steps told."""
+        if not self._marks:
+            return IDLE
         running, waiting, used = zip(*self._marks.values(), strict=True)
         return Load(int(sum(running)), int(sum(waiting)), max(used))
 
@@ -66,7 +93,7 @@ class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any h
     def stalled_for_s(self) -> float:
         """Seconds for which work has been there and no step got anywhere; 0 when there is no work."""
         now = self._clock()
-        if not self._unfinished():
+        if not self._unfinished() + self._elsewhere():
             self._busy_since = None
             return 0.0
         self._busy_since = self._busy_since or now
@@ -75,4 +102,4 @@ class StepWatch(StatLoggerBase):  # type: ignore[misc]  # vLLM's types are Any h
     def waiting_for(self) -> str:
         """What the engine has not finished, in words."""
         scheduler = f"the scheduler last had {self.running} running, {self.waiting} waiting"
-        return f"{self._unfinished()} requests unfinished; {scheduler}"
+        return f"{self._unfinished() + self._elsewhere()} requests unfinished; {scheduler}"

@@ -21,6 +21,7 @@ from vllm.exceptions import GenerationError, VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from llm_serve import passage
+from llm_serve.core.company import ALONE, Company
 from llm_serve.core.suspects import Suspects
 from llm_serve.engine import resume
 from llm_serve.engine.delivered import Delivered
@@ -54,16 +55,18 @@ class RequestKillsEngine(GenerationError):  # type: ignore[misc]  # noqa: N818 -
 class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
     """Stands for whichever engine is bound.
 
-    `on_death(epoch)` is called when a request finds its engine dead.
+    `on_death(epoch)` is called when a request finds its engine dead; `on_ban(fingerprint, seconds)` when one is refused
+    for what it has done to engines. `company` are other front ends on the same engines.
     """
 
-    def __init__(self, on_death: Callable[[int], None]) -> None:
+    def __init__(self, on_death: Callable[[int], None], company: Company = ALONE) -> None:
         self.epoch = 0
         self._on_death = on_death
+        self.on_ban: Callable[[str, float], None] = lambda *_: None
         self._llm: Any = None
         self._is_bound = asyncio.Event()
         self._ended: EngineRestarted | None = None
-        self._suspects = Suspects()
+        self._suspects = Suspects(company)
         self._news = asyncio.Event()
         self._waiting = 0
         self._longest = 0
@@ -80,14 +83,29 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
         self._is_bound.set()
         self._tell()
 
-    def unbind(self) -> None:
-        """Let requests wait. The last engine's tokenizer and configuration stay in use until the next."""
-        self._is_bound.clear()
-        self._suspects.engine_lost(time.monotonic())
+    def unbind(self) -> int:
+        """Let requests wait. The last engine's tokenizer and configuration stay in use until the next.
 
-    def explain(self, *, may_be_a_request: bool) -> None:
-        """Why the engine that was unbound has ended: may one of its requests have done it?"""
-        self._suspects.verdict(may_be_a_request=may_be_a_request)
+        Returns how many requests were with the engine.
+        """
+        self._is_bound.clear()
+        return self._suspects.engine_lost(time.monotonic())
+
+    def explain(self, *, may_be_a_request: bool, everywhere: int | None = None) -> None:
+        """Why the engine that was unbound has ended: may one of its requests have done it?
+
+        `everywhere` counts the requests that were with it at all front ends, where there are several.
+        """
+        self._suspects.verdict(may_be_a_request=may_be_a_request, everywhere=everywhere)
+
+    def ban(self, fingerprint: str, seconds: float) -> None:
+        """Refuse requests with this fingerprint for so long."""
+        self._suspects.ban(fingerprint, time.monotonic() + seconds)
+
+    def look(self) -> None:
+        """Other front ends may have done something that somebody here waits for."""
+        if self._waiting and self._is_bound.is_set():
+            self._tell()
 
     def end(self, why: str) -> None:
         """End every request, in flight and waiting, with an error that says why. No engine will follow."""
@@ -206,7 +224,8 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
                 journey.is_interrupted = True
                 raise self._ended
             if self._suspects.is_guilty(name):
-                self._suspects.ban(name.fingerprint(), time.monotonic() + _BAN_S)
+                self.ban(name.fingerprint(), _BAN_S)
+                self.on_ban(name.fingerprint(), _BAN_S)
                 journey.is_poisoned = True
                 get_logger().error("a request has killed engines, and is refused", request_id=name.request_id)
                 raise RequestKillsEngine

@@ -51,6 +51,47 @@ def check_tokenizer(model_path: str, *, source: str = "", text: str | None = Non
         _raise_problems(iter([(f"{folder} has no tokenizer", hint)]), source, text)
 
 
+def are_here(model: str, snapshot: Path | None) -> bool:
+    """True where nothing of a model's weights has to be downloaded; `snapshot` has what was, of a hub id.
+
+    A path is never downloaded: what is wrong with it is for others to say.
+    """
+    if looks_like_path(model) or Path(model).exists():
+        return True
+    return snapshot is not None and not any(_weight_problems(snapshot))
+
+
+def stored_bytes(model: str) -> int | None:
+    """Return the bytes of all tensors in a model's safetensors files, by their headers; None where none are here."""
+    folder = _folder_of(model)
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if len(files) > 1:
+        # Some repositories have all weights once more in one file.
+        files = [path for path in files if not path.name.startswith("consolidated")]
+    sizes = [size for path in files if (size := _tensor_bytes(path)) is not None]
+    return sum(sizes) if sizes else None
+
+
+def _folder_of(model: str) -> Path | None:
+    """The folder that has a model's files, in the hub's cache for a hub id."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() or looks_like_path(model):
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _tensor_bytes(path: Path) -> int | None:
+    try:
+        with path.open("rb") as file:
+            lengths = _lengths(file, path.stat().st_size)
+    except OSError:
+        return None
+    return None if lengths is None else lengths[1]
+
+
 def _raise_problems(found: Iterator[tuple[str, str]], source: str, text: str | None) -> None:
     line = locate(text, "model") if text is not None else None
     problems = [Problem(source, line, "model", message, hint) for message, hint in found]
@@ -113,6 +154,12 @@ def _length_problems(path: Path, size: int, expected: int | None) -> Iterator[tu
 
 def _expected_bytes(file: BinaryIO, size: int) -> int | None:
     """Return the size that the header promises, or None when there is no header to believe."""
+    lengths = _lengths(file, size)
+    return None if lengths is None else sum(lengths)
+
+
+def _lengths(file: BinaryIO, size: int) -> tuple[int, int] | None:
+    """Return the bytes of the header and of the tensors behind it, as the header has them."""
     prefix = file.read(8)
     if len(prefix) < 8:
         return None
@@ -120,10 +167,10 @@ def _expected_bytes(file: BinaryIO, size: int) -> int | None:
     if header_bytes > MAX_HEADER_BYTES:
         return None
     if 8 + header_bytes > size:
-        return 8 + header_bytes
+        return 8 + header_bytes, 0
     try:
         header = json.loads(file.read(header_bytes))
         ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None
-    return 8 + header_bytes + max(ends, default=0)
+    return 8 + header_bytes, max(ends, default=0)

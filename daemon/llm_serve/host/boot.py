@@ -7,12 +7,13 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from llm_serve.core.environment import opening
 from llm_serve.core.errors import ConfigError, HostError, Problem
 
-_LEAST_FREE_BYTES = 64 << 20
+LEAST_FREE_BYTES = 64 << 20
 _LONGEST_RUNTIME_BYTES = 107 - len("/e1000/") - 36
 """What a unix socket's path leaves, when an engine's folder and the UUID that vLLM names its sockets by are off."""
 _CACHES = ("VLLM_CACHE_ROOT", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
@@ -26,12 +27,16 @@ def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
     return found
 
 
-def check_host(environ: Mapping[str, str]) -> None:
-    """Raise ConfigError for a place that can never be written, HostError for one that is full at present.
+def check_host(environ: Mapping[str, str], allowed: Collection[str] = ()) -> None:
+    """Raise ConfigError for what can never be right, HostError for a place that is full at present.
 
-    Without this, an unwritable cache shows up as "Model architectures failed to be inspected".
+    That is a place that cannot be written (without this, "Model architectures failed to be inspected"), and a variable
+    that opens the engine to clients, unless it is one of `allowed`.
     """
-    problems = []
+    problems = [
+        Problem("environment", None, name, f"is refused: {why}.", f'Unset it, or set server.allow_env = ["{name}"].')
+        for name, why in opening(environ, allowed)
+    ]
     places = cache_folders(environ) | {"TMPDIR": Path(tempfile.gettempdir())}
     for variable, folder in places.items():
         if (error := _write_error(folder)) is not None:
@@ -39,7 +44,7 @@ def check_host(environ: Mapping[str, str]) -> None:
             problems.append(
                 Problem("environment", None, variable, f"cannot write to {folder}: {error.strerror}.", hint)
             )
-        elif (free := _free_bytes(folder)) < _LEAST_FREE_BYTES:
+        elif (free := _free_bytes(folder)) < LEAST_FREE_BYTES:
             raise HostError(
                 f"only {free >> 20} MiB are free on the disk of {folder} ({variable}): free at least 64 MiB."
             )

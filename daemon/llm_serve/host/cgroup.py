@@ -1,7 +1,7 @@
-"""Our own control group: whom the kernel has killed in it for memory, and how much there may be.
+"""Our own control group: whom the kernel has killed in it for memory, and what it may use.
 
 Version 2 counts a kill in the group and in all above it; version 1 in the victim's group alone, so that those below
-ours are added up. Where both are mounted, the memory controller belongs to one of them, and that one is read.
+ours are added up. Where both are mounted, a controller belongs to one of them, and that one is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class OomCounter:
     """Counts the kernel's kills for memory in this process's control group and below, from the moment it is made."""
 
     def __init__(self, proc: Path = Path("/proc/self")) -> None:
-        self._group = _memory_group(proc)
+        self._group = _group_of("memory", proc)
         self._before = self._read()
 
     @property
@@ -42,15 +42,42 @@ class OomCounter:
 
 def memory_limit(proc: Path = Path("/proc/self")) -> int | None:
     """Bytes that this group and those above it may use, the tightest of them; None without a limit."""
-    group = _memory_group(proc)
+    return _tightest("memory", "memory.limit_in_bytes", "memory.max", proc)
+
+
+def task_limit(proc: Path = Path("/proc/self")) -> int | None:
+    """Processes and threads that there may be at once; None without a limit."""
+    return _tightest("pids", "pids.max", "pids.max", proc)
+
+
+def cpu_limit(proc: Path = Path("/proc/self")) -> float | None:
+    """How many CPUs' time this group and those above it may take; None without a quota."""
+    group = _group_of("cpu", proc)
+    quotas = [quota for folder in group.folders() if (quota := _cpus(folder)) is not None] if group else []
+    return min(quotas, default=None)
+
+
+def _tightest(controller: str, name_v1: str, name_v2: str, proc: Path) -> int | None:
+    group = _group_of(controller, proc)
     if group is None:
         return None
     limits = []
-    for file in group.limit_files():
+    for folder in group.folders():
         with contextlib.suppress(OSError, ValueError):  # "max" is no number, and the topmost group has no such file
-            limits.append(int(file.read_text()))
+            limits.append(int((folder / (name_v2 if group.is_v2 else name_v1)).read_text()))
     tightest = min(limits, default=_HUGE)
     return tightest if tightest < _HUGE else None
+
+
+def _cpus(folder: Path) -> float | None:
+    """The quota over its period, in microseconds: one file in version 2, two in version 1, where -1 is none."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = map(int, (folder / "cpu.max").read_text().split())
+        return quota / period
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +98,7 @@ class _Mount:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Our place in the hierarchy that has the memory controller."""
+    """Our place in the hierarchy that has a controller."""
 
     mount: Path
     folder: Path
@@ -87,11 +114,10 @@ class _Group:
             with contextlib.suppress(OSError):  # a group may go while we look
                 yield from self.folder.rglob("*/memory.oom_control")
 
-    def limit_files(self) -> Iterator[Path]:
-        """Our limit's file first, then those of the groups above that can be seen."""
-        name = "memory.max" if self.is_v2 else "memory.limit_in_bytes"
+    def folders(self) -> Iterator[Path]:
+        """Our folder first, then those of the groups above that can be seen."""
         for each in (self.folder, *self.folder.parents):
-            yield each / name
+            yield each
             if each == self.mount:
                 return
 
@@ -105,11 +131,11 @@ def _oom_kills(file: Path) -> int | None:
     return None
 
 
-def _memory_group(proc: Path) -> _Group | None:
-    """Our group of version 1's memory controller, or else of version 2; None where neither is mounted."""
-    v1, v2 = _mounts(proc)
+def _group_of(controller: str, proc: Path) -> _Group | None:
+    """Our group of version 1's controller, or else of version 2; None where neither is mounted."""
+    v1, v2 = _mounts(controller, proc)
     for controllers, path in _memberships(proc):
-        if v1 and "memory" in controllers:
+        if v1 and controller in controllers:
             return _Group(v1.point, v1.folder(path), is_v2=False)
     for controllers, path in _memberships(proc):
         if v2 and controllers == [""]:
@@ -125,8 +151,8 @@ def _memberships(proc: Path) -> list[tuple[list[str], str]]:
     return []
 
 
-def _mounts(proc: Path) -> tuple[_Mount | None, _Mount | None]:
-    """Where version 1's memory controller and version 2 are mounted: the first of each."""
+def _mounts(controller: str, proc: Path) -> tuple[_Mount | None, _Mount | None]:
+    """Where version 1's controller and version 2 are mounted: the first of each."""
     lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = (proc / "mountinfo").read_text(errors="replace").splitlines()
@@ -135,6 +161,6 @@ def _mounts(proc: Path) -> tuple[_Mount | None, _Mount | None]:
         match line.split():
             case [_, _, _, top, point, *_, "-", "cgroup2", _, _]:
                 v2 = v2 or _Mount(Path(point), top)
-            case [_, _, _, top, point, *_, "-", "cgroup", _, options] if "memory" in options.split(","):
+            case [_, _, _, top, point, *_, "-", "cgroup", _, options] if controller in options.split(","):
                 v1 = v1 or _Mount(Path(point), top)
     return v1, v2

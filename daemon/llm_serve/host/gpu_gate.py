@@ -10,18 +10,19 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from llm_serve.core.devices import Device
 from llm_serve.core.errors import HostError
 from llm_serve.core.evidence import Holder
 from llm_serve.host.nvml import Gpu, Gpus
 
 _LOOK_EVERY_S = 1.0
 _SAMPLE_EVERY_S = 0.25
-_DEVICE_NODES = (Path("/dev/nvidia-uvm"), Path("/dev/nvidiactl"))
+DEVICE_NODES = (Path("/dev/nvidia-uvm"), Path("/dev/nvidiactl"))
 _ENDING = ("Z", "X")
 _PATIENCE_S = 5.0
 """What a driver needs to wake a GPU."""
@@ -36,14 +37,14 @@ _Answer = TypeVar("_Answer")
 
 async def wait_for_gpus(  # noqa: PLR0913 - each by its name
     look: Callable[[], Gpus],
-    wanted: tuple[int, ...] | None,
+    wanted: tuple[Device, ...] | None,
     is_needed: bool,  # noqa: FBT001 - a fact about the build, said by name where it is called
     *,
     timeout_s: float,
     tell: Tell,
-    nodes: tuple[Path, ...] = _DEVICE_NODES,
+    nodes: tuple[Path, ...] = DEVICE_NODES,
 ) -> tuple[Gpu, ...]:
-    """The GPUs that an instance will use: those `wanted`, or all there are; none at once where none is needed.
+    """The GPUs that an instance will use: those `wanted`, in that order, or all; none at once where none is needed.
 
     `look` is called in a thread, never twice at a time. `tell` gets a sentence whenever the reason for waiting
     changes. Raises HostError when they are not there after `timeout_s` seconds, or never will be.
@@ -81,24 +82,42 @@ class _Sight(NamedTuple):
     """True when it stays so."""
 
 
-def _see(gpus: Gpus, wanted: tuple[int, ...] | None, nodes: tuple[Path, ...]) -> _Sight:
+def _see(gpus: Gpus, wanted: tuple[Device, ...] | None, nodes: tuple[Path, ...]) -> _Sight:
     there = gpus.devices()
-    usable = tuple(gpu for gpu in there if wanted is None or gpu.index in wanted)
+    known = by_name(there)
+    usable = there if wanted is None else tuple(known[name] for name in wanted if name in known)
     return _Sight(usable, _missing(gpus, there, wanted, nodes), gpus.is_permanent)
 
 
-def _missing(gpus: Gpus, there: tuple[Gpu, ...], wanted: tuple[int, ...] | None, nodes: tuple[Path, ...]) -> str:
+def by_name(gpus: tuple[Gpu, ...]) -> Mapping[Device, Gpu]:
+    """Each GPU by everything that an instance file may call it."""
+    return {name: gpu for gpu in gpus for name in (gpu.index, gpu.uuid, gpu.pci_bus_id.upper())}
+
+
+def _missing(gpus: Gpus, there: tuple[Gpu, ...], wanted: tuple[Device, ...] | None, nodes: tuple[Path, ...]) -> str:
     if gpus.reason:
         return gpus.reason
-    absent = sorted(set(wanted or ()) - {gpu.index for gpu in there})
+    known = by_name(there)
+    absent = [name for name in wanted or () if name not in known]
     if absent or not there:
-        which = f"GPU {', '.join(map(str, absent))}" if absent else "a GPU"
-        shown = ", ".join(f"{gpu.index} {gpu.name}" for gpu in there) or "none"
+        which = f"GPU {', '.join(map(_short, absent))}" if absent else "a GPU"
+        # By the names that are asked for: who has written a UUID looks for UUIDs.
+        is_by_index = all(isinstance(name, int) for name in absent)
+        shown = ", ".join(_described(gpu, is_short=is_by_index) for gpu in there) or "none"
         told = "".join(f"; {problem}" for problem in gpus.problems())
         return f"{which} is not there: the driver shows {len(there)} GPU{'s' * (len(there) != 1)} ({shown}){told}"
     if without := [str(node) for node in nodes if not node.exists()]:
         return f"{', '.join(without)} is not there: the driver's module is not loaded whole (modprobe nvidia-uvm)"
     return ""
+
+
+def _short(name: Device) -> str:
+    return str(name).removeprefix("GPU-")
+
+
+def _described(gpu: Gpu, *, is_short: bool) -> str:
+    short = f"{gpu.index} {gpu.name}"
+    return short if is_short else f"{short} {gpu.uuid} at {gpu.pci_bus_id}"
 
 
 async def wait_for_memory(  # noqa: PLR0913 - each by its name

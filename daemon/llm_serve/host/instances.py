@@ -7,7 +7,6 @@ A key never reaches a message, a log or a repr.
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -16,34 +15,10 @@ from pathlib import Path
 from llm_serve.core.errors import ConfigError, Problem
 from llm_serve.core.instance_file import parse_instance
 from llm_serve.core.settings import Settings
+from llm_serve.host.names import CONFIG_DIRECTORY, instance_names, instance_path
 
-CONFIG_DIRECTORY = Path("/etc/llm-serve")
 CREDENTIAL = "api-keys"
 MIN_KEY_CHARACTERS = 8
-
-# What systemd takes as %i, less what a path or a shell would read another way.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-def instance_names(directory: Path = CONFIG_DIRECTORY) -> tuple[str, ...]:
-    """Return the names of the instances that have a file, in order."""
-    try:
-        return tuple(sorted(path.stem for path in directory.glob("*.toml") if _NAME.fullmatch(path.stem)))
-    except OSError:
-        return ()
-
-
-def instance_path(target: str, directory: Path = CONFIG_DIRECTORY) -> Path:
-    """Return the file that a command's NAME|FILE means.
-
-    A file when it has a slash, ends in .toml or exists here; else NAME, which is DIRECTORY/NAME.toml.
-    """
-    if "/" in target or target.endswith(".toml") or Path(target).is_file():
-        return Path(target)
-    if not _NAME.fullmatch(target):
-        message = "is not the name of an instance: letters, digits, _ . and - can be in one"
-        raise ConfigError([Problem(target or '""', None, "", message)])
-    return directory / f"{target}.toml"
 
 
 def read_instance(target: str, directory: Path = CONFIG_DIRECTORY) -> tuple[Settings, str]:

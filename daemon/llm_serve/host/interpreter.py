@@ -11,19 +11,21 @@ _SWITCH_INTERVAL_S = 0.0005
 
 
 @contextlib.contextmanager
-def loop_first() -> Iterator[None]:
+def loop_first(*, is_kept: bool = True) -> Iterator[None]:
     """Keep the event loop quick while another thread does heavy Python work, such as importing vLLM.
 
     A thread that computes gives the interpreter away once in an interval, 5 ms by default, and the loop waits for it
     after every system call. A full garbage collection over vLLM's and transformers' objects does not give it away
     at all, for up to 0.25 s, so there is none inside; what is there at the end is looked at by `collect_frozen` only.
+    In a process where that cannot be (a fork of the fork server), it must not be kept (`is_kept`).
     """
     interval_s, was_on = sys.getswitchinterval(), gc.isenabled()
     gc.disable()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     try:
         yield
-        gc.freeze()
+        if is_kept:
+            gc.freeze()
     finally:
         sys.setswitchinterval(interval_s)
         if was_on:

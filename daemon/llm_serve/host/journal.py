@@ -13,7 +13,7 @@ from typing import Any
 SOCKET = "/run/systemd/journal/socket"
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 _FIELD = re.compile(r"[^A-Z0-9_]")
-_IN_MESSAGE = ("why", "reason", "failure", "kind", "seconds", "status", "path", "method")
+EXPLAINING = ("why", "reason", "failure", "kind", "seconds", "status", "path", "method")
 _MOST_LATE = 10_000
 _PATIENCE_S = 1.0
 
@@ -74,7 +74,7 @@ def journal_fields(event: Event) -> dict[str, str]:
     fields = {_field_name(key): str(value) for key, value in named.items()}
     fields["PRIORITY"] = str(_PRIORITIES.get(str(event.get("level", "info")), 6))
     # Values that explain belong into the line that people read; identifiers stay fields.
-    said = [f"{key}={value}" for key, value in named.items() if key in _IN_MESSAGE]
+    said = [f"{key}={value}" for key, value in named.items() if key in EXPLAINING]
     fields["MESSAGE"] = " ".join([str(event.get("event", "")), *said])
     return fields
 

@@ -30,9 +30,11 @@ _RECORD_BYTES = 16384
 
 
 class KernelLog:
-    """Reads from its making on. Errors of other GPUs than those named are left out; none named means all."""
+    """Reads from its making on, or what there is `from_boot`. Errors of GPUs other than those named are left out."""
 
-    def __init__(self, device: Path = Path("/dev/kmsg"), *, pci_bus_ids: Collection[str] = ()) -> None:
+    def __init__(
+        self, device: Path = Path("/dev/kmsg"), *, pci_bus_ids: Collection[str] = (), from_boot: bool = False
+    ) -> None:
         self.reason = ""
         """Why it cannot be read; empty when it can."""
         self._ours = {_numbers(found) for each in pci_bus_ids if (found := _BUS.match(each))}
@@ -45,7 +47,7 @@ class KernelLog:
             return
         self._release = weakref.finalize(self, os.close, self._fd)
         with contextlib.suppress(OSError):  # a pipe has no past to skip
-            os.lseek(self._fd, 0, os.SEEK_END)
+            os.lseek(self._fd, 0, os.SEEK_SET if from_boot else os.SEEK_END)
 
     def lines_since_start(self) -> tuple[str, ...]:
         """The lines that tell of something, the last hundred of them."""

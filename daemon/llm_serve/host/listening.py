@@ -56,6 +56,29 @@ def open_control(path: Path) -> socket.socket:
     return control
 
 
+def probe(listen: Listen) -> str:
+    """Why this address cannot be listened on now; empty where it can. Nothing is left of the try."""
+    try:
+        if listen.path is None:
+            _bind_tcp(listen.host or "", listen.port or 0).close()
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    return _probe_unix(Path(listen.path))
+
+
+def _probe_unix(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(0)  # a live server with a full backlog would make it wait
+        if path.is_socket() and client.connect_ex(str(path)) != errno.ECONNREFUSED:
+            return os.strerror(errno.EADDRINUSE)
+    if path.exists() and not path.is_socket():
+        return os.strerror(errno.EEXIST)
+    if not path.parent.is_dir():
+        return f"{path.parent} does not exist"
+    return "" if os.access(path.parent, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+
+
 def _has_address(candidate: socket.socket, listen: Listen) -> bool:
     with contextlib.suppress(OSError):
         name = candidate.getsockname()

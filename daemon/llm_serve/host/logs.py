@@ -10,15 +10,24 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import structlog
 
-from llm_serve.host.journal import Journal
+from llm_serve.host.journal import EXPLAINING, Journal
 
 _LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
 Event = MutableMapping[str, Any]
+_RECENT, _LONGEST = 200, 600
+
+recent: deque[Mapping[str, Any]] = deque(maxlen=_RECENT)
+"""The daemon's own last events, for who shows them: without those of requests, and without vLLM's and libraries' words.
+
+Each has a Unix time, a level, a sentence, and what explains it.
+"""
 
 
 def set_up(instance: str, *, level: str, output_format: str = "auto") -> None:
@@ -29,6 +38,7 @@ def set_up(instance: str, *, level: str, output_format: str = "auto") -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         _exception_as_text,
+        _keep,
     ]
     factory: Any = structlog.WriteLoggerFactory(file=sys.stderr)
     if chosen == "journal":
@@ -50,11 +60,40 @@ def set_up(instance: str, *, level: str, output_format: str = "auto") -> None:
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
 
 
+def send_to(sink: Callable[[Event], object], *, level: str) -> None:
+    """Give structlog's events, and the standard library's records, to somebody who logs them elsewhere."""
+
+    def give(_logger: Any, _method: str, event: Event) -> Event:
+        sink(event)
+        raise structlog.DropEvent
+
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.stdlib.add_log_level,
+            _exception_as_text,
+            give,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
+
+
 def close() -> None:
     """Let what was logged be written, before the process ends."""
-    journal = structlog.get_config()["logger_factory"]()
-    if isinstance(journal, Journal):
+    if (journal := _journal()) is not None:
         journal.close()
+
+
+def is_to_journal() -> bool:
+    """True when events go to the journal, which takes them from any process."""
+    return _journal() is not None
+
+
+def _journal() -> Journal | None:
+    journal = structlog.get_config()["logger_factory"]()
+    return journal if isinstance(journal, Journal) else None
 
 
 def get_logger() -> Any:
@@ -76,6 +115,15 @@ def _stderr_is_journal() -> bool:
 
 def _exception_as_text(_logger: Any, _method: str, event: Event) -> Event:
     return structlog.processors.format_exc_info(_logger, _method, event)
+
+
+def _keep(_logger: Any, _method: str, event: Event) -> Event:
+    is_own = event["event"] != "request" and not event.keys() & {"vllm_process", "logger"}
+    if is_own and event["level"] != "debug":
+        said = {name: str(event[name])[:_LONGEST] for name in (*EXPLAINING, "front_end") if event.get(name) is not None}
+        entry = {"time": round(time.time(), 3), "level": event["level"], "event": str(event["event"])[:_LONGEST]}
+        recent.append(entry | {"said": said})
+    return event
 
 
 def _as_json(event: Mapping[str, Any], **_: Any) -> str:

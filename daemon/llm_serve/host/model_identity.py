@@ -68,6 +68,14 @@ def _commit(repository: Path, revision: str) -> str | None:
     return text if _COMMIT.fullmatch(text) else None
 
 
+def snapshot(model: str, environ: Mapping[str, str], revision: str | None = None) -> Path | None:
+    """The folder in the hub's cache with what has been downloaded of a model; None where there is none."""
+    repository = hub_cache(environ) / f"models--{model.replace('/', '--')}"
+    commit = _commit(repository, revision or "main") if _HUB_ID.fullmatch(model) else None
+    folder = repository / "snapshots" / (commit or "?")
+    return folder if folder.is_dir() else None
+
+
 def hub_cache(environ: Mapping[str, str]) -> Path:
     """The folder of downloaded models, by the rules of huggingface_hub.constants: a variable that is empty is set."""
     home = environ.get("HF_HOME", str(Path(environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")))

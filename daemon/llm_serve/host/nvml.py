@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +22,15 @@ from llm_serve.core.telemetry import Reading, reasons
 
 _EVENT_WAIT_MS = 1000
 _LONGEST_NAME = 64
+_P2P_READ, _P2P_WRITE = 0, 1  # nvml.h; the Python package has a tuple for the first
+_NO_P2P = {
+    1: "the chipset does not support it",
+    2: "the GPUs do not support it",
+    3: "they hang on different I/O hubs",
+    4: "it is switched off in the driver's registry",
+    5: "not supported",
+}
+"""NVML's nvmlGpuP2PStatus_t; 0 is fine, and 6 is not known."""
 _Answer = TypeVar("_Answer")
 
 
@@ -33,6 +43,8 @@ class Gpu:
     name: str
     pci_bus_id: str
     memory_total_bytes: int
+    capability: tuple[int, int] | None = None
+    """Of CUDA; None where the driver does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +73,14 @@ class Gpus(Protocol):
     def holders(self, indices: Collection[int], *, without: Collection[int]) -> tuple[Holder, ...]:
         """Processes that hold memory of these GPUs, but for the pids named."""
 
+    def without_p2p(self, indices: Collection[int]) -> tuple[str, ...]:
+        """Pairs of these GPUs that cannot reach each other's memory, in words; not those of which nothing is known."""
+
     def read(self, gpu: Gpu) -> Reading:
         """What its sensors say now."""
+
+    def slowdown_celsius(self, gpu: Gpu) -> float | None:
+        """Where its hardware begins to slow itself down; None where it does not tell."""
 
     def xids(self, indices: Collection[int] | None = None) -> tuple[int, ...]:
         """NVIDIA's error numbers since `forget_xids`, each once; of these GPUs, or of all."""
@@ -95,9 +113,17 @@ class NoGpus:
         """Nobody."""
         return ()
 
+    def without_p2p(self, indices: Collection[int]) -> tuple[str, ...]:  # noqa: ARG002 - the protocol's
+        """No pair is known."""
+        return ()
+
     def read(self, gpu: Gpu) -> Reading:
         """Nothing but its name."""
         return Reading(gpu.index, gpu.uuid, gpu.name)
+
+    def slowdown_celsius(self, gpu: Gpu) -> float | None:  # noqa: ARG002 - the protocol's
+        """Not known."""
+        return None
 
     def xids(self, indices: Collection[int] | None = None) -> tuple[int, ...]:  # noqa: ARG002 - the protocol's
         """None."""
@@ -171,7 +197,14 @@ class Nvml:
             name=_text(nvml.nvmlDeviceGetName(handle)),
             pci_bus_id=_text(nvml.nvmlDeviceGetPciInfo(handle).busId),
             memory_total_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+            capability=self._capability(handle),
         )
+
+    def _capability(self, handle: Any) -> tuple[int, int] | None:
+        with contextlib.suppress(self._nvml.NVMLError):
+            major, minor = self._nvml.nvmlDeviceGetCudaComputeCapability(handle)
+            return int(major), int(minor)
+        return None
 
     def memory(self, index: int) -> GpuMemory | None:
         """What is used and free now."""
@@ -204,6 +237,18 @@ class Nvml:
             used |= {pid: max(amount, used.get(pid, 0)) for pid, amount in listed.items()}
         return used
 
+    def without_p2p(self, indices: Collection[int]) -> tuple[str, ...]:
+        """Pairs by the driver's word. It does not know of an IOMMU, or of ACS, that drops what is written."""
+        nvml = self._nvml
+
+        def ask(first: int, second: int) -> int:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in (first, second)]
+            return max(int(nvml.nvmlDeviceGetP2PStatus(*handles, way)) for way in (_P2P_READ, _P2P_WRITE))
+
+        pairs = [(one, two, self._ask(f"P2P of GPU {one} and {two}", partial(ask, one, two)))
+                 for one, two in combinations(indices, 2)]  # fmt: skip
+        return tuple(f"GPU {one} and {two} ({_NO_P2P[status]})" for one, two, status in pairs if status in _NO_P2P)
+
     def read(self, gpu: Gpu) -> Reading:
         """Sensor by sensor: one that this GPU does not have, or that does not answer, leaves the others alone."""
         nvml, memory = self._nvml, self.memory(gpu.index)
@@ -232,6 +277,20 @@ class Nvml:
             },
             processes=self.holders([gpu.index], without=()),
         )
+
+    def slowdown_celsius(self, gpu: Gpu) -> float | None:
+        """As the device tells it; newer ones tell only how far away from it they are now."""
+        nvml, kind = self._nvml, self._nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
+        told = self._sensor(
+            gpu, "slow-down threshold", lambda handle: nvml.nvmlDeviceGetTemperatureThreshold(handle, kind)
+        )
+        if told:
+            return float(told)
+        now = self._sensor(
+            gpu, "temperature", lambda handle: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
+        )
+        margin = self._sensor(gpu, "thermal margin", nvml.nvmlDeviceGetMarginTemperature)
+        return None if now is None or margin is None else float(now + margin)
 
     def _ecc_errors(self, gpu: Gpu) -> Mapping[str, int]:
         nvml = self._nvml

@@ -155,6 +155,13 @@ def is_alive(process: psutil.Process) -> bool:
     return False
 
 
+def is_there(pid: int) -> bool:
+    """True while a process with this pid runs."""
+    with contextlib.suppress(psutil.Error):
+        return is_alive(psutil.Process(pid))
+    return False
+
+
 def progress_mark(processes: Iterable[psutil.Process]) -> tuple[float, int]:
     """CPU seconds used and bytes read so far: work that is under way changes at least one of them."""
     cpu_s, bytes_read = 0.0, 0
@@ -176,8 +183,8 @@ def holder_of_port(port: int) -> str | None:
     return None
 
 
-def resident_bytes() -> int:
-    """Memory of this process alone; 0 when it cannot be read, for want of a descriptor for instance."""
+def resident_bytes(pid: int | None = None) -> int:
+    """Memory of a process, without `pid` this one's; 0 when it cannot be read, as for want of a descriptor."""
     with contextlib.suppress(psutil.Error, OSError):
-        return int(psutil.Process(os.getpid()).memory_info().rss)
+        return int(psutil.Process(pid or os.getpid()).memory_info().rss)
     return 0

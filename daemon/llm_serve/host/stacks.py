@@ -41,17 +41,26 @@ def _ask(process: psutil.Process) -> bool:
     return False
 
 
+def where(pid: int) -> str:
+    """One line: who it is, its state, and the kernel function in which it waits."""
+    folder = Path(f"/proc/{pid}")
+    return f"{_name(folder)}: {_fields(folder / 'status').get('State', 'gone')}, waits in {_wait(folder)}"
+
+
+def _name(folder: Path) -> str:
+    return f"{_fields(folder / 'status').get('Name', 'process')} (pid {folder.name})"
+
+
 def _seen(pid: int) -> Iterator[str]:
     folder = Path(f"/proc/{pid}")
-    fields = _fields(folder / "status")
-    name = f"{fields.get('Name', 'process')} (pid {pid})"
-    yield f"{name}: {fields.get('State', 'gone')}, waits in {_wait(folder)}"
+    name = _name(folder)
+    yield where(pid)
     if stack := _read(folder / "stack"):
         # "[<0>] futex_wait_queue+0x5e/0x90", innermost first
         yield f"{name}: kernel stack: {' < '.join(line.split()[-1] for line in stack.splitlines() if line.strip())}"
     threads = _threads(folder)
-    for own, where in threads[:_MOST_THREADS]:
-        yield f"{name}: thread {own.get('Name')} ({own.get('Pid')}): {own.get('State')}, waits in {where}"
+    for own, place in threads[:_MOST_THREADS]:
+        yield f"{name}: thread {own.get('Name')} ({own.get('Pid')}): {own.get('State')}, waits in {place}"
     if len(threads) > _MOST_THREADS:
         yield f"{name}: {len(threads) - _MOST_THREADS} more threads"
 
@@ -68,8 +77,8 @@ def _threads(folder: Path) -> list[tuple[dict[str, str], str]]:
 
 def _wait(folder: Path) -> str:
     """The kernel function in which it sleeps."""
-    where = _read(folder / "wchan")
-    return "nothing" if where in ("", "0") else where
+    place = _read(folder / "wchan")
+    return "nothing" if place in ("", "0") else place
 
 
 def _fields(status: Path) -> dict[str, str]:

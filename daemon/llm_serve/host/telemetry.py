@@ -1,4 +1,4 @@
-"""Reads the GPUs of an instance once a second, in a thread: a GPU that has fallen off the bus may let one wait."""
+"""Reads GPUs, those of an instance once a second, in a thread: a GPU that has fallen off the bus may let one wait."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ _STALE_S = 5.0
 class Telemetry:
     """The last reading of each GPU. What is too old is not told: absent, not wrong."""
 
-    def __init__(self, gpus: Gpus, used: Sequence[Gpu], clock: Callable[[], float] = time.monotonic) -> None:
-        self._gpus, self._used, self._clock = gpus, tuple(used), clock
+    def __init__(
+        self,
+        gpus: Gpus,
+        used: Sequence[Gpu],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        every_s: float = _EVERY_S,
+    ) -> None:
+        self._gpus, self._used, self._clock, self._every_s = gpus, tuple(used), clock, every_s
         self._last: tuple[Reading, ...] = ()
         self._read_at = clock()
         self._is_over = threading.Event()
@@ -46,4 +53,4 @@ class Telemetry:
     def _read_on(self) -> None:
         while not self._is_over.is_set():
             self.read()
-            self._is_over.wait(_EVERY_S)
+            self._is_over.wait(self._every_s)

@@ -33,4 +33,5 @@ class Witnesses:
             kernel_log=self._kernel.lines_since_start(),
             xids=tuple(sorted({*self.gpus.xids(self.devices), *self._kernel.xids()})),
             gpu_holders=self.gpus.holders(self.devices, without=own),
+            no_p2p=self.gpus.without_p2p(self.devices),
         )

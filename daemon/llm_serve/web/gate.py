@@ -1,8 +1,8 @@
 """The door before the model: who may come in, what waits for an engine or for room in it, and what is in flight.
 
 A plain ASGI application, so that a streamed answer passes through without a copy or a task of its own.
-Order of questions: has the caller a key, is the path there at all, is the body too long, is there an engine, is there
-room in it, is there room to wait.
+Order of questions: is it us whom he means, has the caller a key, is the path there at all, is the body too long, may it
+ask for that, is there an engine, is there room in it, is there room to wait.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from dataclasses import dataclass
 from llm_serve import metrics, passage
 from llm_serve.core import retry_after
 from llm_serve.core.admission import Admission, Load
+from llm_serve.core.company import ALONE, Company
+from llm_serve.core.hosts import Hosts
 from llm_serve.host.logs import get_logger
 from llm_serve.web.answer import Answer
 from llm_serve.web.asgi import Asgi, Receive, Scope, Send
+from llm_serve.web.assets import ASSETS
 from llm_serve.web.errors import error_response
-from llm_serve.web.hold import Budget, ReadAhead, Verdict, Waiter
+from llm_serve.web.hold import Body, Budget, Reading, Verdict, Waiter
 from llm_serve.web.keys import Keys
-from llm_serve.web.limits import Limits, Measured, has_known_length, too_large
+from llm_serve.web.limits import Limits, not_allowed, too_large
 from llm_serve.web.sse import STREAMED, Ticker
 
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
-OPERATIONS = frozenset({"/livez", "/readyz", "/health", "/status", "/metrics"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
+OPERATIONS = frozenset({"/livez", "/readyz", "/health", "/status", "/metrics", *ASSETS})
 BESIDE_THE_ENGINE = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
 """What vLLM's handlers answer by themselves; so they do cancelling, below."""
 _READING = frozenset({"GET", "HEAD"})
@@ -36,6 +39,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _PARAMETER = re.compile(r"\{[^}]+\}")
 _REMEMBERED = 32
 """Recoveries, and requests let in, from which is told when to come back."""
+
+
+ANY_HOST = Hosts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ class Refusal:
 class Gate:
     """Lets requests through to `model` (vLLM's application) as far as its engine has room; else makes them wait."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each by its name
         self,
         *,
         keys: Keys,
@@ -57,11 +63,13 @@ class Gate:
         routes: Iterable[tuple[str, str]],
         operations: Asgi,
         open_metrics: bool,
+        hosts: Hosts = ANY_HOST,
+        company: Company = ALONE,
     ) -> None:
-        self._keys, self._limits, self._operations = keys, limits, operations
+        self._keys, self._hosts, self._limits, self._operations = keys, hosts, limits, operations
         self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
         self._routes = [_route(method, path) for method, path in routes]
-        self._admission: Admission[Waiter] = Admission(limits.max_queued, is_shared=keys.are_shared)
+        self._admission: Admission[Waiter] = Admission(limits.max_queued, is_shared=keys.are_shared, company=company)
         self._ticker = Ticker(limits.stream_keep_alive_s)
         self._budget = Budget()
         self._refusal: Refusal | None = None
@@ -100,6 +108,10 @@ class Gate:
     def note(self, load: Load) -> None:
         """The engine has done a step, and this is what it has to do now."""
         self._admission.note(load)
+        self.look()
+
+    def look(self) -> None:
+        """There may be room for those who wait."""
         if self._admission:
             self._let_in_those_due()
 
@@ -110,9 +122,9 @@ class Gate:
         if not self._admission:
             self._let_in_at.clear()  # the pace of a queue that is over says nothing about the next one
 
-    def reconfigure(self, keys: Keys, limits: Limits, *, open_metrics: bool) -> None:
+    def reconfigure(self, keys: Keys, limits: Limits, *, open_metrics: bool, hosts: Hosts = ANY_HOST) -> None:
         """Ask and allow this from now on. Who waits already waits as long as he was promised."""
-        self._keys, self._limits = keys, limits
+        self._keys, self._hosts, self._limits = keys, hosts, limits
         self._admission.resize(limits.max_queued, is_shared=keys.are_shared)
         self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
 
@@ -126,6 +138,9 @@ class Gate:
         headers = dict(scope["headers"])
         path, method = scope["path"], scope["method"]
         answer = Answer(send, _name_request(scope, headers), path, self._ticker)
+        if not self._hosts.includes(headers.get(b"host")):
+            await _NOT_THIS_HOST(scope, receive, answer)
+            return
         holder = self._keys.holder(headers, scope.get("client"))
         if holder is None and path not in self._open_paths:
             await _NO_KEY(scope, receive, answer)
@@ -145,17 +160,16 @@ class Gate:
         elif int(headers.get(b"content-length", b"0")) > self._limits.max_body_bytes:
             await too_large(self._limits.max_body_bytes)(scope, receive, answer)
         else:
-            if not has_known_length(headers):
-                receive = Measured(scope, receive, answer, self._limits.max_body_bytes)
-            await self._serve(scope, receive, answer, holder or b"")
+            await self._serve(scope, Body(receive, self._budget), answer, holder or b"")
 
-    async def _serve(self, scope: Scope, receive: Receive, answer: Answer, holder: bytes) -> None:
+    async def _serve(self, scope: Scope, body: Body, answer: Answer, holder: bytes) -> None:
         began, outcome = time.monotonic(), "aborted"
         self.in_flight += 1
         try:
-            outcome = await self._admit(scope, receive, answer, holder)
+            outcome = await self._examine(scope, body, answer) or await self._admit(scope, body, answer, holder)
         finally:
             self.in_flight -= 1
+            body.close()
             answer.end_watch()
             if answer.has_place:
                 self._admission.ended()
@@ -171,34 +185,52 @@ class Gate:
                 outcome=outcome,
             )
 
-    async def _admit(self, scope: Scope, receive: Receive, answer: Answer, holder: bytes) -> str:
+    async def _examine(self, scope: Scope, body: Body, answer: Answer) -> str:
+        """Read the body and look at it. Returns how the request ended if it ended with that, else nothing."""
+        if self._refusal is not None:
+            return await self._refuse(self._refusal, "stopping", scope, body, answer)
+        limits = self._limits
+        reading = await body.read(limits.max_body_bytes, limits.hold_timeout_s)
+        if reading is Reading.cut:
+            return "aborted"
+        if reading is Reading.no_room:
+            message = "the requests that are being read fill the memory that is set aside for them."
+            return await self._refuse(Refusal(message, self._retry_after_s()), "full", scope, body, answer)
+        if reading is Reading.too_long:
+            response = too_large(limits.max_body_bytes)
+        elif limits.edge is not None and (refused := limits.edge.refusal(body.content)) is not None:
+            response = not_allowed(refused)
+        else:
+            return ""
+        await answer.refuse(response, scope, body)
+        return "rejected"
+
+    async def _admit(self, scope: Scope, body: Body, answer: Answer, holder: bytes) -> str:
         """Let the request through when there is room for it. Returns how it ended."""
         if self._refusal is not None:
-            return await self._refuse(self._refusal, "stopping", scope, receive, answer)
+            return await self._refuse(self._refusal, "stopping", scope, body, answer)
         if self.model is not None and not _needs_engine(scope["path"]):
-            return await self._pass(self.model, scope, receive, answer)
+            return await self._pass(self.model, scope, body, answer)
         if self._admission.enter():
             answer.has_place = True
         else:
-            body = ReadAhead(receive, self._budget)
             verdict = await self._hold(Waiter(body, answer), scope["path"], answer, holder)
             if verdict is Verdict.gone:
-                return "rejected" if answer.is_refused else "aborted"
+                return "aborted"
             if verdict is not Verdict.admitted:
-                return await self._refuse(self._why(verdict), verdict.value, scope, receive, answer)
-            receive = body
+                return await self._refuse(self._why(verdict), verdict.value, scope, body, answer)
         assert self.model is not None, "the gate was opened without a model"
-        return await self._pass(self.model, scope, receive, answer)
+        return await self._pass(self.model, scope, body, answer)
 
     async def _hold(self, waiter: Waiter, path: str, answer: Answer, holder: bytes) -> Verdict:
         """Let one request wait until something is decided, at most for `hold_timeout_s`."""
-        if not self._admission.wait(holder, waiter):
+        began = time.monotonic()
+        if not self._admission.wait(holder, waiter, began):
             return Verdict.full
         metrics.requests_held.set(self.held)
         if path in STREAMED:
             answer.wants_stream = waiter.body.wants_stream
             answer.watch_silence()
-        began = time.monotonic()
         try:
             return await waiter.wait(self._limits.hold_timeout_s)
         finally:
@@ -216,7 +248,7 @@ class Gate:
             waited = f"{self._limits.hold_timeout_s:g} s (server.hold_timeout_s)"
             late = "had no room" if self._admission.is_open else "was not ready"
             return Refusal(f"the engine {late} within {waited}.", self._retry_after_s())
-        full = f"{self.held} requests are waiting for {what} already (server.max_queued)."
+        full = f"{self._admission.waiting} requests are waiting for {what} already (server.max_queued)."
         return Refusal(full, self._retry_after_s())
 
     def _retry_after_s(self) -> int:
@@ -265,6 +297,13 @@ _NO_KEY = error_response(
     "a valid API key is needed: Authorization: Bearer KEY.",
     code="invalid_api_key",
     headers={"www-authenticate": "Bearer"},
+)
+
+
+_NOT_THIS_HOST = error_response(
+    421,
+    "this server is not called by that name (the Host header); server.hosts lists the names that it takes.",
+    code="unknown_host",
 )
 
 

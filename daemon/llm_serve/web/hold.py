@@ -1,4 +1,4 @@
-"""A request that waits at the gate: its body, read ahead, and what is decided about it."""
+"""A request at the gate: its body, read before it is let in, and what is decided about it while it waits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from llm_serve.web.asgi import Message, Receive
 
 _LOOK_AGAIN_S = 1.0
 READ_AHEAD_BYTES = 256 << 20
-"""The most that the bodies of all who wait may take; what is longer waits in the network."""
+"""The most that the bodies of all who are not let in yet may take; what is longer waits in the network."""
+_FREE_BYTES = 64 << 10
+"""What every body may take outside of that: as much as the server reads of a connection unasked."""
 
 
 class Verdict(Enum):
@@ -26,58 +28,112 @@ class Verdict(Enum):
     gone = "gone"
 
 
+class Reading(Enum):
+    """How far a body was read."""
+
+    whole = "whole"
+    too_long = "too long"
+    no_room = "no room"
+    cut = "cut"
+
+
 class Budget:
-    """Bytes that may still be read ahead."""
+    """Bytes that bodies may still take, from their first to the moment when the model takes them over.
+
+    When there are none left, whoever was first to take some may go on alone: so one of them always gets done.
+    """
 
     def __init__(self, left: int = READ_AHEAD_BYTES) -> None:
         self.left = left
+        self._taken: dict[Body, int] = {}
+
+    def allows(self, body: Body) -> bool:
+        """True when this body may grow."""
+        return self.left > 0 or next(iter(self._taken), None) is body
+
+    def take(self, body: Body, size: int) -> None:
+        """This body has grown by so many bytes."""
+        self.left -= size
+        self._taken[body] = self._taken.get(body, 0) + size
+
+    def give_back(self, body: Body) -> None:
+        """All that this body took is free again."""
+        self.left += self._taken.pop(body, 0)
 
 
-class ReadAhead:
-    """A request's body, read while the request waits, so that a client that leaves is noticed."""
+class Body:
+    """A request's body, read before the request is let in: one that is slow to come keeps no place from others.
+
+    While the request waits, a client that leaves is noticed. Every body may take a little outside of the budget, so
+    that a few clients with long ones cannot keep everybody else out.
+    """
 
     def __init__(self, receive: Receive, budget: Budget) -> None:
         self._receive, self._budget = receive, budget
-        self._body = bytearray()
-        self._taken = 0
-        self._is_whole = self._is_delivered = self._has_left = False
+        self._body = b""
+        self._is_delivered = self._has_left = False
         self._pending: asyncio.Task[Message] | None = None
 
+    async def read(self, max_bytes: int, patience_s: float) -> Reading:
+        """Read all of it, and wait at most so long for room in the budget. `close` gives the room back."""
+        pieces: list[bytes] = []
+        size, more = 0, True
+        while more:
+            if not await self._find_room(size, patience_s):
+                return Reading.no_room
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                return Reading.cut
+            piece, more = message.get("body", b""), bool(message.get("more_body"))
+            size += len(piece)
+            if size > max_bytes:
+                return Reading.too_long
+            if size > _FREE_BYTES:
+                self._budget.take(self, min(len(piece), size - _FREE_BYTES))
+            pieces.append(piece)
+        self._body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return Reading.whole
+
+    async def _find_room(self, size: int, patience_s: float) -> bool:
+        """True when the next piece may be read. Left in the network meanwhile, it is not its client who is slow."""
+        while size >= _FREE_BYTES and not self._budget.allows(self):
+            if patience_s <= 0:
+                return False
+            await asyncio.sleep(min(patience_s, _LOOK_AGAIN_S))
+            patience_s -= _LOOK_AGAIN_S
+        return True
+
+    @property
+    def content(self) -> bytes:
+        """What was read; empty once it was delivered."""
+        return self._body
+
+    def close(self) -> None:
+        """Give the room in the budget back."""
+        self._budget.give_back(self)
+
     async def until_client_leaves(self) -> None:
-        """Read the body, as far as the budget goes, and return when the client has gone."""
+        """Return when the client has gone."""
         while not self._has_left:
-            while self._budget.left <= 0 and not self._is_whole:  # noqa: ASYNC110 - rare, and others make room
-                await asyncio.sleep(_LOOK_AGAIN_S)
             if self._pending is None:
                 self._pending = asyncio.ensure_future(self._receive())
             message = await asyncio.shield(self._pending)
             self._pending = None
-            self._keep(message)
-
-    def _keep(self, message: Message) -> None:
-        if message["type"] == "http.disconnect":
-            self._has_left = True
-            return
-        piece = message.get("body", b"")
-        self._body += piece
-        self._taken += len(piece)
-        self._budget.left -= len(piece)
-        self._is_whole = not message.get("more_body")
+            self._has_left = message["type"] == "http.disconnect"
 
     async def stop_watching(self, watcher: asyncio.Task[None], *, is_over: bool) -> None:
-        """End the watch. A read that is under way is kept for the one who reads next, unless all is over."""
+        """End the watch. A look that is under way is kept for the one who looks next, unless all is over."""
         watcher.cancel()
         await asyncio.wait({watcher})
         if is_over and self._pending is not None:
             self._pending.cancel()
-        self._budget.left += self._taken
-        self._taken = 0
 
     async def __call__(self) -> Message:
         """What the application calls as `receive`."""
-        if self._body or (self._is_whole and not self._is_delivered):
-            body, self._body, self._is_delivered = bytes(self._body), bytearray(), True
-            return {"type": "http.request", "body": body, "more_body": not self._is_whole}
+        if not self._is_delivered:
+            body, self._body, self._is_delivered = self._body, b"", True
+            self.close()
+            return {"type": "http.request", "body": body, "more_body": False}
         if self._has_left:
             return {"type": "http.disconnect"}
         if self._pending is not None:
@@ -86,13 +142,13 @@ class ReadAhead:
         return await self._receive()
 
     def wants_stream(self) -> bool:
-        """True once the body is here and asks for a stream."""
-        return self._is_whole and self._asks_for_stream
+        """True when it asks for a stream."""
+        return self._asks_for_stream
 
     @cached_property
     def _asks_for_stream(self) -> bool:
         try:
-            return bool(_Wish.model_validate_json(bytes(self._body)).stream)
+            return bool(_Wish.model_validate_json(self._body).stream)
         except ValidationError:
             return False
 
@@ -106,7 +162,7 @@ class _Wish(BaseModel):
 class Waiter:
     """One request that waits."""
 
-    def __init__(self, body: ReadAhead, answer: Answer) -> None:
+    def __init__(self, body: Body, answer: Answer) -> None:
         self.body, self._answer = body, answer
         self._decided: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
 

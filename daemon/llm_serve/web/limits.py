@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 from starlette.responses import Response
 
-from llm_serve.web.answer import Answer
-from llm_serve.web.asgi import Message, Receive, Scope
+from llm_serve.core.edge import Edge, Refusal
 from llm_serve.web.errors import error_response
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How many requests may wait for an engine, and how long; how long a body may be, and a stream quiet."""
+    """How many requests may wait and how long; how long a body may be, what it may ask, how long a stream be quiet."""
 
     max_queued: int
     hold_timeout_s: float
     max_body_bytes: int = 32 << 20
     stream_keep_alive_s: float = 15.0
+    edge: Edge | None = None
+    """None: bodies pass unexamined."""
 
 
 def too_large(max_bytes: int) -> Response:
@@ -27,27 +28,6 @@ def too_large(max_bytes: int) -> Response:
     return error_response(413, message, code="request_too_large")
 
 
-def has_known_length(headers: dict[bytes, bytes]) -> bool:
-    """True when the server reads no more of the body than its header says."""
-    return b"content-length" in headers and b"transfer-encoding" not in headers
-
-
-class Measured:
-    """A body of unknown length: one that comes to more than `max_bytes` is refused, and then looks like a hang-up."""
-
-    __slots__ = ("_answer", "_max_bytes", "_receive", "_scope", "_size")
-
-    def __init__(self, scope: Scope, receive: Receive, answer: Answer, max_bytes: int) -> None:
-        self._scope, self._receive, self._answer, self._max_bytes = scope, receive, answer, max_bytes
-        self._size = 0
-
-    async def __call__(self) -> Message:
-        """What the application calls as `receive`."""
-        if self._answer.is_refused:
-            return {"type": "http.disconnect"}
-        message = await self._receive()
-        self._size += len(message.get("body", b""))
-        if self._size <= self._max_bytes:
-            return message
-        await self._answer.refuse(too_large(self._max_bytes), self._scope, self._receive)
-        return {"type": "http.disconnect"}
+def not_allowed(refused: Refusal) -> Response:
+    """400 or 413, with the field that is to blame."""
+    return error_response(refused.status, refused.message, code=refused.code, param=refused.field or None)

@@ -1,4 +1,8 @@
-"""The HTTP server: uvicorn, without its signal handlers and its own life."""
+"""The HTTP server: uvicorn, without its signal handlers and its own life.
+
+Several of them, in as many processes, accept on one socket; each connection is then taken by one that has fewest, for
+an event loop left alone takes all that wait as soon as it wakes up (vLLM's API servers do the same).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,19 @@ import contextlib
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
+from llm_serve.host.logs import get_logger
 from llm_serve.web.deadlines import BoundedHead, Deadlines, Timeouts
 
 _LAST_WORDS_S = 2.0
 _KEEP_ALIVE_S = 75
 _TICKS_PER_LOOK = 5
+_YIELDS, _YIELD_S = 5, 0.001
+"""How often, and for how long, a process with more connections lets others take the next one."""
+_NO_DESCRIPTOR_S = 1.0
 _PROBES = {
     socket.TCP_KEEPIDLE: 60,
     socket.TCP_KEEPINTVL: 15,
@@ -24,10 +32,22 @@ _PROBES = {
 }
 
 
-class Server(uvicorn.Server):
-    """One uvicorn server on one socket that was bound before."""
+class Share(Protocol):
+    """What servers on the same socket let each other know."""
 
-    def __init__(self, app: Any, listener: socket.socket, timeouts: Timeouts | None = None) -> None:
+    def tell_connections(self, number: int, *, accepts: bool) -> None:
+        """This one holds so many connections, and takes more or not."""
+
+    def is_least_connected(self) -> bool:
+        """True when no other one that accepts holds fewer."""
+
+
+class Server(uvicorn.Server):
+    """One uvicorn server on one socket that was bound before. With a `share`, others accept on it as well."""
+
+    def __init__(
+        self, app: Any, listener: socket.socket, timeouts: Timeouts | None = None, share: Share | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -44,6 +64,9 @@ class Server(uvicorn.Server):
         _notice_dead_peers(listener)
         self._deadlines = Deadlines(timeouts or Timeouts())
         self._task: asyncio.Task[None] | None = None
+        self._share = share
+        self._accepting: asyncio.Task[None] | None = None
+        self._arriving: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -54,7 +77,57 @@ class Server(uvicorn.Server):
         """Look after slow clients; uvicorn calls this ten times a second."""
         if counter % _TICKS_PER_LOOK == 0:
             self._deadlines.look(list(self.server_state.connections), time.monotonic())
+        self._tell_connections()
         return await super().on_tick(counter)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept, by uvicorn's own means or in turns with others."""
+        await super().startup(sockets if self._share is None else [])
+        if self._share is not None:
+            self._accepting = asyncio.create_task(self._accept(self._share))
+
+    async def _accept(self, share: Share) -> None:
+        loop, listener = asyncio.get_running_loop(), self._listener
+        while True:
+            self._tell_connections()
+            await _readable(listener)
+            for _ in range(_YIELDS):
+                if share.is_least_connected():
+                    break
+                await asyncio.sleep(_YIELD_S)
+                self._tell_connections()
+            try:
+                connection, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                continue  # another one has it
+            except OSError as error:
+                get_logger().error("cannot accept a connection", error=str(error))
+                await asyncio.sleep(_NO_DESCRIPTOR_S)
+                continue
+            connection.setblocking(False)  # noqa: FBT003 - the library's signature
+            arriving = loop.create_task(self._take(connection))
+            self._arriving.add(arriving)
+            arriving.add_done_callback(self._arriving.discard)
+
+    async def _take(self, connection: socket.socket) -> None:
+        loop, config = asyncio.get_running_loop(), self.config
+        make: Any = config.http_protocol_class
+
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = make(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop
+            )
+            return made
+
+        try:
+            await loop.connect_accepted_socket(protocol, connection)
+        except OSError:
+            connection.close()  # its client has gone already
+
+    def _tell_connections(self) -> None:
+        if self._share is not None:
+            accepts = self._accepting is not None and not self._accepting.done()
+            self._share.tell_connections(len(self.server_state.connections) + len(self._arriving), accepts=accepts)
 
     async def start(self) -> None:
         """Accept connections from now on."""
@@ -70,10 +143,30 @@ class Server(uvicorn.Server):
         """
         for accepting in self.servers:
             accepting.close()
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.wait({self._accepting})
+            self._tell_connections()
         await asyncio.sleep(0.25)
         self.should_exit = True
         if self._task is not None:
             await self._task
+
+
+async def _readable(listener: socket.socket) -> None:
+    """Return when somebody waits to be accepted, or did a moment ago."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(listener, _set, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(listener)
+
+
+def _set(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 def _notice_dead_peers(listener: socket.socket) -> None:

@@ -12,6 +12,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ _FILE = os.environ.get("LLM_SERVE_FAULT_FILE", "")
 _WHERE = {
     "vllm.v1.worker.cpu_worker": ("CPUWorker", ("init_device", "load_model", "determine_available_memory")),
     "vllm.v1.worker.cpu_model_runner": ("CPUModelRunner", ("profile_run", "initialize_kv_cache", "warming_up_model")),
+    "vllm.v1.worker.gpu_worker": ("Worker", ("init_device",)),
     "vllm.v1.worker.gpu_model_runner": ("GPUModelRunner", ("execute_model",)),
     "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner", ("execute_model",)),
     "vllm.v1.core.sched.scheduler": ("Scheduler", ("schedule",)),
@@ -56,6 +58,17 @@ def _illegal() -> None:
     far = torch.tensor([1 << 40], device="cuda")
     torch.zeros(1, device="cuda").index_put_((far,), torch.ones(1, device="cuda"))
     torch.cuda.synchronize()
+
+
+def _reach_out(address: str) -> None:
+    """Connect to the address, and write down what came of it."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+        said = "connected"
+    except OSError as error:
+        said = type(error).__name__
+    Path(f"{_FILE}.said").write_text(said)
 
 
 _DO: dict[str, Callable[[], None]] = {
@@ -92,7 +105,10 @@ def _fault(name: str, args: tuple[Any, ...]) -> None:
         return
     with made.open("a") as lines:
         lines.write(f"{name} {order['do']} {os.getpid()}\n")
-    _DO[order["do"]]()
+    if (address := order["do"].removeprefix("reach out to ")) != order["do"]:
+        _reach_out(address)
+    else:
+        _DO[order["do"]]()
 
 
 def _wrapped(name: str, method: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What the doctor's facts mean: values in, findings out."""

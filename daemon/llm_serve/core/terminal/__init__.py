@@ -1,0 +1,1 @@
+"""What `status` and `top` show, drawn in so many cells; nothing here writes to a terminal."""

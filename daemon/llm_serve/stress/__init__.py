@@ -1,0 +1,1 @@
+"""The hardware tests of `llm-serve stress`."""

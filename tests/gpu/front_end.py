@@ -1,0 +1,246 @@
+"""Is the front end the limit? Requests per second and time to the first token of each server, in one run.
+
+    python -m tests.gpu.front_end --model FOLDER [--only NAME ...] [--streams 64 256 512] [--rounds 2] [--json FILE]
+
+Streamed chat answers of 50 tokens. The clients are eight processes, so that they are not the limit themselves. `engine` is
+vLLM's AsyncLLM in a process of its own, without HTTP: what a single front end could reach at best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from llm_serve.core.figures import percentile
+from tests.daemon import MODEL_NAME, free_port
+from tests.gpu import recovery
+
+_TOKENS, _CLIENTS, _PER_STREAM = 50, 8, 8
+_SEQS = 1024
+_ENGINE: Mapping[str, Any] = {"load_format": "dummy", "max_model_len": 8192, "max_num_seqs": _SEQS}
+_SPARSE = {"cudagraph_capture_sizes": [*recovery.SPARSE_SIZES, 320, 384, 448, 512]}
+Seen = tuple[float, list[float]]
+"""Seconds of a whole load, and seconds to the first token of each request."""
+
+
+# ---- clients ------------------------------------------------------------------------------------------
+
+
+async def _client(url: str, streams: int, requests: int) -> list[float]:
+    """One process's part of a load: seconds to the first token, in the order of the ends."""
+    import aiohttp  # the GPU machine's python has it, the daemon does not need it
+
+    left, first = iter(range(requests)), []
+
+    async def worker(session: aiohttp.ClientSession) -> None:
+        for _ in left:
+            began, took, chunks = time.perf_counter(), 0.0, 0
+            async with session.post(f"{url}/v1/chat/completions", json=_body()) as answer:
+                assert answer.status == 200, await answer.text()
+                async for chunk in answer.content.iter_any():
+                    took = took or time.perf_counter() - began
+                    chunks += chunk.count(b"data: {")
+            assert chunks > 1, "an answer that was cut"
+            first.append(took)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(worker(session) for _ in range(streams)))
+    return first
+
+
+def _body() -> dict[str, Any]:
+    words = " ".join(random.choice(["sun", "sea", "wind", "rock", "tree", "bird", "fish", "salt"]) for _ in range(12))
+    return {"model": MODEL_NAME, "messages": [{"role": "user", "content": words}], "max_tokens": _TOKENS,
+            "ignore_eos": True, "stream": True, "temperature": 0}  # fmt: skip
+
+
+def _over_http(url: str, streams: int) -> Seen:
+    command = [sys.executable, "-m", "tests.gpu.front_end", "--model", "-", "--client", url]
+    parts = [str(streams // _CLIENTS), str(streams // _CLIENTS * _PER_STREAM)]
+    clients = [subprocess.Popen([*command, *parts], stdout=subprocess.PIPE, text=True) for _ in range(_CLIENTS)]
+    reports = [json.loads(client.communicate()[0]) for client in clients]
+    # By the clients' own clocks: how long their interpreters take to start is not the server's doing.
+    seconds = max(report["ended"] for report in reports) - min(report["began"] for report in reports)
+    return seconds, [each for report in reports for each in report["first"]]
+
+
+# ---- servers ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ours(stage: recovery.Stage, engine: Mapping[str, Any], front_ends: int = 1) -> Iterator[Callable[[int], Seen]]:
+    with stage.daemon(engine={**_ENGINE, **engine}, server={"front_ends": front_ends}) as daemon:
+        recovery.until_serving(daemon, 1, 400)
+        while front_ends > 1 and [each["epoch"] for each in daemon.status()["front_ends"]] != [1] * front_ends:
+            time.sleep(0.1)
+        yield lambda streams: _over_http(daemon.url, streams)
+
+
+@contextmanager
+def _vllm(stage: recovery.Stage, servers: int) -> Iterator[Callable[[int], Seen]]:
+    """vLLM's own server, as its users start it."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", stage.model, f"--port={port}",
+               f"--served-model-name={MODEL_NAME}", "--load-format=dummy", "--max-model-len=8192",
+               f"--max-num-seqs={_SEQS}", f"--api-server-count={servers}", "--disable-uvicorn-access-log"]  # fmt: skip
+    env = os.environ | {"XDG_CACHE_HOME": str(stage.folder / "cache"), "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    log = stage.folder / f"vllm-{servers}.log"
+    with log.open("w") as sink:
+        server = subprocess.Popen(command, env=env, stdout=sink, stderr=sink, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}", server, log)
+        yield lambda streams: _over_http(f"http://127.0.0.1:{port}", streams)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        time.sleep(3)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        time.sleep(2)
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + 300
+    while True:
+        assert server.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        try:
+            if httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+
+
+@contextmanager
+def _bare(stage: recovery.Stage) -> Iterator[Callable[[int], Seen]]:
+    """AsyncLLM alone, in a process that takes a number of streams a line."""
+    env = os.environ | {"XDG_CACHE_HOME": str(stage.folder / "cache"), "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    command = [sys.executable, "-m", "tests.gpu.front_end", "--engine", "--model", stage.model]
+    log = (stage.folder / "engine.log").open("w")
+    engine = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    assert engine.stdin is not None
+    assert engine.stdout is not None
+
+    def ask(streams: int) -> Seen:
+        print(streams, file=engine.stdin, flush=True)
+        for line in engine.stdout or ():
+            if line.startswith("{"):
+                report = json.loads(line)
+                return report["seconds"], report["first"]
+        raise AssertionError((stage.folder / "engine.log").read_text()[-3000:])
+
+    try:
+        yield ask
+    finally:
+        engine.stdin.close()
+        engine.wait(60)
+        log.close()
+
+
+async def _engine(model: str) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    llm = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(model=model, **_ENGINE), usage_context=UsageContext.OPENAI_API_SERVER
+    )
+    params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True, temperature=0, output_kind=RequestOutputKind.DELTA)
+
+    async def load(streams: int) -> Seen:
+        left, first = iter(range(streams * _PER_STREAM)), []
+
+        async def worker() -> None:
+            for number in left:
+                began, took = time.perf_counter(), 0.0
+                prompt = {"prompt_token_ids": [random.randrange(1000, 20_000) for _ in range(40)]}
+                async for _ in llm.generate(prompt, params, f"{began}-{number}"):
+                    took = took or time.perf_counter() - began
+                first.append(took)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(streams)))
+        return time.perf_counter() - began, first
+
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        seconds, first = await load(int(line))
+        print(json.dumps({"seconds": seconds, "first": first}), flush=True)
+    llm.shutdown()
+
+
+SERVERS: Mapping[str, Callable[[recovery.Stage], Any]] = {
+    "llm-serve": lambda stage: _ours(stage, {}),
+    "llm-serve, sparse graphs": lambda stage: _ours(stage, _SPARSE),
+    "llm-serve x 4": lambda stage: _ours(stage, {}, 4),
+    "llm-serve x 4, sparse graphs": lambda stage: _ours(stage, _SPARSE, 4),
+    "vllm": lambda stage: _vllm(stage, 1),
+    "vllm x 4": lambda stage: _vllm(stage, 4),
+    "engine": _bare,
+}
+
+
+def main() -> None:
+    """Measure the servers, one after the other, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--only", nargs="*", choices=list(SERVERS), default=list(SERVERS))
+    parser.add_argument("--streams", nargs="*", type=int, default=[64, 256, 512])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--logs", type=Path)
+    parser.add_argument("--client", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.client:
+        url, streams, requests = given.client
+        began = time.time()
+        first = asyncio.run(_client(url, int(streams), int(requests)))
+        return print(json.dumps({"began": began, "ended": time.time(), "first": first}))
+    if given.engine:
+        return asyncio.run(_engine(given.model))
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        stage = recovery.Stage(given.model, Path(folder), given.logs)
+        for name in given.only:
+            rows[name] = _measure(name, stage, given.streams, given.rounds)
+            print(name, json.dumps(rows[name]), flush=True)
+            if given.json:
+                given.json.write_text(json.dumps(rows, indent=1))
+    return None
+
+
+def _measure(name: str, stage: recovery.Stage, loads: list[int], rounds: int) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    try:
+        with SERVERS[name](stage) as ask:
+            ask(64)  # warm-up: what is compiled at the first request
+            for streams in loads:
+                seen = [ask(streams) for _ in range(rounds)]
+                row[f"requests/s @{streams}"] = round(
+                    statistics.median(len(first) / seconds for seconds, first in seen), 1
+                )
+                firsts = [each for _, first in seen for each in first]
+                row[f"TTFT ms P50/P99 @{streams}"] = [round(1000 * percentile(firsts, share)) for share in (0.5, 0.99)]
+    except Exception:  # noqa: BLE001 - the other servers still count
+        row["failed"] = traceback.format_exc()[-1500:]
+    return row
+
+
+if __name__ == "__main__":
+    main()
