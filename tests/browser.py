@@ -18,6 +18,8 @@ from typing import Any
 
 import aiohttp
 
+from tests.patience import patient
+
 _OPTIONS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run",
@@ -108,7 +110,7 @@ class Page:
 
     async def until(self, code: str, *, within_s: float = 30) -> Any:
         """The value of an expression once it is true."""
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + patient(within_s)
         while not (value := await self.run(code)):
             assert time.monotonic() < deadline, (code, await self.text("body"), self.faults)
             await asyncio.sleep(0.05)
@@ -177,7 +179,7 @@ def _running() -> Iterator[int]:
 
 def _port(file: Path, process: subprocess.Popen[bytes]) -> int:
     """Where it listens; it writes that down once it does."""
-    deadline = time.monotonic() + _START_S
+    deadline = time.monotonic() + patient(_START_S)
     while not (file.exists() and (text := file.read_text())):
         assert process.poll() is None, f"the browser has ended with {process.returncode}"
         assert time.monotonic() < deadline, "the browser did not start"

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.patience import patient
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_environment() -> Iterator[None]:
@@ -27,3 +29,11 @@ def _signals_as_usual() -> None:
     """Under nohup, SIGHUP is ignored, and whatever the tests start would ignore it too."""
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test as a whole is given as much more time as each of its waits."""
+    for item in items:
+        own = item.get_closest_marker("timeout")
+        limit_s = float(own.args[0] if own else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patient(limit_s)), append=False)

@@ -23,6 +23,7 @@ import psutil
 
 import llm_serve
 from llm_serve.host.processes import shared_memory_of
+from tests.patience import patient
 
 MODEL_NAME = "smollm2-135m-instruct"
 ENGINE: Mapping[str, Any] = {
@@ -44,7 +45,7 @@ Seen = TypeVar("Seen")
 
 def eventually(look: Callable[[], Seen], is_right: Callable[[Seen], bool], *, within_s: float, what: str) -> Seen:
     """What `look` returned when it was right. Fails at the deadline with what it last saw."""
-    deadline, last = time.monotonic() + within_s, "nothing"
+    deadline, last = time.monotonic() + patient(within_s), "nothing"
     while True:
         try:
             seen = look()
@@ -53,7 +54,7 @@ def eventually(look: Callable[[], Seen], is_right: Callable[[Seen], bool], *, wi
             last = repr(seen)
         except httpx.TransportError as error:
             last = repr(error)
-        assert time.monotonic() < deadline, f"{what}: not within {within_s:g} s; last seen: {last}"
+        assert time.monotonic() < deadline, f"{what}: not within {patient(within_s):g} s; last seen: {last}"
         time.sleep(0.05)
 
 
@@ -105,7 +106,7 @@ class Daemon:
         self._environ = self._environment() | dict(environ or {})
         self._shared_before = set(_SHARED_MEMORY.iterdir())
         self._process: subprocess.Popen[bytes] | None = None
-        self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=patient(120), trust_env=False)
 
     def _environment(self) -> dict[str, str]:
         kept = {
@@ -128,7 +129,9 @@ class Daemon:
     def check(self, *options: str) -> subprocess.CompletedProcess[str]:
         """Run `llm-serve check` on its file."""
         command = [sys.executable, "-c", _CONSOLE_ENTRY, "check", str(self.file), *options]
-        return subprocess.run(command, env=self._environ, check=False, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, env=self._environ, check=False, capture_output=True, text=True, timeout=patient(120)
+        )
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command of `llm-serve` on its file, as its user does."""
@@ -137,7 +140,12 @@ class Daemon:
     def llm_serve(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command of `llm-serve`, as its user does."""
         command = [sys.executable, "-c", _CONSOLE_ENTRY, *words]
-        return subprocess.run(command, env=self._environ, check=False, capture_output=True, text=True, timeout=300)
+        try:
+            return subprocess.run(
+                command, env=self._environ, check=False, capture_output=True, text=True, timeout=patient(300)
+            )
+        except subprocess.TimeoutExpired as late:
+            raise AssertionError(f"{late}; it said {late.stderr!r}; the daemon:\n{self.log()[-6000:]}") from None
 
     def rewrite(self, old: str, new: str) -> str:
         """Replace this in its file. Returns what the file was before."""
@@ -185,7 +193,7 @@ class Daemon:
         """The exit status, waited for."""
         assert self._process is not None
         try:
-            return self._process.wait(within_s)
+            return self._process.wait(patient(within_s))
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it did not end within {within_s:g} s:\n{self.log()[-6000:]}") from None
 
@@ -203,7 +211,7 @@ class Daemon:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             self._process.kill()  # also when its environment could not be read
-            self._process.wait(10)
+            self._process.wait(patient(10))
         for path in self.new_shared_memory():
             path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -299,8 +307,8 @@ class Later:
 
     def result(self, within_s: float = START_LIMIT_S) -> Any:
         """What the call returned; what it raised is raised here."""
-        self._thread.join(within_s)
-        assert self.is_done, f"no result within {within_s:g} s"
+        self._thread.join(patient(within_s))
+        assert self.is_done, f"no result within {patient(within_s):g} s"
         if self._error is not None:
             raise self._error
         return self._value
@@ -316,7 +324,7 @@ class Stream:
             "model": MODEL_NAME, "prompt": "Count with me: one, two, three,", "stream": True,
             "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0,
         }  # fmt: skip
-        self._client = httpx.Client(base_url=url, timeout=120, trust_env=False)
+        self._client = httpx.Client(base_url=url, timeout=patient(120), trust_env=False)
         self._reading = Later(self._read)
 
     def _read(self) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.daemon import MODEL_NAME, Daemon, eventually
+from tests.patience import patient
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
@@ -99,7 +100,7 @@ def test_a_wait_ends_with_hold_timeout(daemon: MakeDaemon) -> None:
     answer = loading.chat()
 
     assert_unavailable(answer, "server.hold_timeout_s")
-    assert 1 <= time.monotonic() - began < 5
+    assert 1 <= time.monotonic() - began < patient(5)
 
 
 def test_a_client_that_leaves_does_not_wait_on(daemon: MakeDaemon) -> None:
@@ -308,7 +309,7 @@ def test_a_drain_ends_with_its_timeout(daemon: MakeDaemon) -> None:
 
         stream.wait(15)
 
-        assert 2 <= time.monotonic() - began < 12
+        assert 2 <= time.monotonic() - began < patient(12)
         assert 1 == len(stream.errors), stream.events[-2:]
     assert 0 == serving.wait_for_exit(20)
     assert "drain deadline passed" in serving.log()

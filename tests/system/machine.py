@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from tests.patience import patient
+
 _BOOT_LIMIT_S = 60.0
 _OVERLAY_BYTES = "8g"
 
@@ -105,7 +107,12 @@ class Machine:
         """Run a command in the machine, as root."""
         where = ["nsenter", "-t", str(self._leader), "-a"]
         done = subprocess.run(
-            [*where, *command], check=False, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+            [*where, *command],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=patient(timeout),
+            stdin=subprocess.DEVNULL,
         )
         assert not check or done.returncode == 0, f"{command}: {done.returncode}: {done.stdout}{done.stderr}"
         return done
@@ -142,12 +149,12 @@ class Machine:
 
     def wait_until(self, ask: Callable[[], Any], timeout_s: float, what: str) -> Any:
         """Ask until the answer is true. Fails with the last answer when that takes too long."""
-        deadline, last = time.monotonic() + timeout_s, None
+        deadline, last = time.monotonic() + patient(timeout_s), None
         while time.monotonic() < deadline:
             if last := ask():
                 return last
             time.sleep(0.2)
-        raise AssertionError(f"waited {timeout_s} s for {what}; last seen: {last!r}")
+        raise AssertionError(f"waited {patient(timeout_s):g} s for {what}; last seen: {last!r}")
 
     def added(self) -> set[str]:
         """The paths of all files and folders that are here and not in what it began with."""
@@ -169,7 +176,7 @@ class Machine:
 
     def _wait_for_end(self, timeout_s: float) -> None:
         assert self._nspawn is not None
-        self._nspawn.wait(timeout_s)
+        self._nspawn.wait(patient(timeout_s))
         self._nspawn = None
 
     def close(self) -> None:

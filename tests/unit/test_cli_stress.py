@@ -19,6 +19,7 @@ from llm_serve.cli import control
 from llm_serve.cli import stress as command
 from llm_serve.core.doctor.gpus import ProcessFacts
 from llm_serve.core.errors import HostError
+from tests.patience import patient
 from tests.stress_machine import Sensors
 
 _ROOT = Path(llm_serve.__file__).parents[1]
@@ -114,7 +115,7 @@ def test_ctrl_c_ends_it_with_a_report() -> None:
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=10)
 
-    assert time.monotonic() - began < 3  # the machine of a test may be busy
+    assert time.monotonic() - began < patient(3)  # the machine of a test may be busy
     assert 130 == process.returncode
     assert ["full", "load", "stopped"] == out.splitlines()[3].split()[:3]
     assert out.splitlines()[-1].startswith("1 passed, 1 stopped, in ")

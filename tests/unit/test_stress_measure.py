@@ -20,6 +20,7 @@ from llm_serve.stress import measure as module
 from llm_serve.stress.measure import OnGpu, Plan, Report, measure
 from llm_serve.stress.plot import write_png
 from llm_serve.stress.report import as_text
+from tests.patience import patient
 from tests.stress_machine import Sensors
 
 THREE = (Part.operations, Part.matmul, Part.load)
@@ -105,7 +106,7 @@ def test_all_parts_of_all_gpus_are_run_at_the_same_time() -> None:
     assert 0.5 in screen.shares
     rows = [on.rows[1] for on in report.on]
     assert [(40.0, 200.0), (41.0, 205.0)] == [(row.sight.celsius.most, row.sight.watts.most) for row in rows]
-    assert report.seconds < 1.8
+    assert report.seconds < patient(1.8)
     assert {9.5} == {sample.tflops for sample in report.on[0].samples if sample.part is Part.matmul}
     assert 0 == report.exit_status
 
@@ -143,7 +144,7 @@ def test_a_gpu_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert ["passed", "failed", "not run"] == verdicts(report)
     assert report.on[0].rows[1].reason.startswith("the GPU did not answer for")
-    assert report.seconds < 5
+    assert report.seconds < patient(5)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_an_interrupted_test_ends_within_a_second(in_matmul: str) -> None:
     assert ["passed", "stopped", "not run"] == verdicts(report)
     assert report.on[0].rows[1].found.iterations in (7, 8)
     assert (True, 130) == (report.is_interrupted, report.exit_status)
-    assert seconds < 2.0
+    assert seconds < patient(2.0)
 
 
 def test_a_gpu_that_gets_too_hot_is_stopped() -> None:
@@ -177,7 +178,7 @@ def test_a_gpu_that_gets_too_hot_is_stopped() -> None:
     assert row.reason.endswith("°C, the limit is 60")
     assert row.reason == report.on[0].rows[2].reason
     assert (70, False) == (report.exit_status, report.is_interrupted)
-    assert report.seconds < 5
+    assert report.seconds < patient(5)
 
 
 def test_a_gpu_whose_temperature_is_lost_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +233,7 @@ def test_a_screen_that_fails_leaves_no_child_unwatched() -> None:
     with pytest.raises(ExceptionGroup):
         run("time.sleep(60)", screen=screen)
 
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < patient(5)
 
 
 def test_a_report_of_sensors_that_say_nothing(tmp_path: Path) -> None:

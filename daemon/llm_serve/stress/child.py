@@ -87,7 +87,7 @@ def attempt(part: Part, rig: Rig) -> Found:
         found = PARTS[part](replace(rig, send=keep))
     except Exception as error:  # noqa: BLE001 - whatever it is, the part has failed of it
         found = replace(told[-1], error=_words(error))
-    return replace(found, seconds=round(time.monotonic() - began, 3))
+    return replace(found, seconds=round(time.monotonic() - began, 6))
 
 
 def _words(error: BaseException) -> str:
