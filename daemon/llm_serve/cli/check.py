@@ -6,7 +6,6 @@ not be judged here is said in a note, never passed over.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from llm_serve.core.errors import ConfigError, HostError, Problem
 from llm_serve.core.instance_file import check_exposure
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.settings import TABLES, Settings
+from llm_serve.host.cpus import keep_to_a_free_one
 from llm_serve.host.instances import read_api_keys, read_instance
 from llm_serve.host.names import CONFIG_DIRECTORY
 from llm_serve.host.nvml import open_gpus
@@ -66,10 +66,7 @@ def prepare_for_vllm() -> None:
     # vLLM logs to stdout, which belongs to the answer.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # torch's MKL counts the cores by going to each of them. An engine on CPUs holds all but the last and never pauses:
-    # on Linux 6.18 a visitor there was given 8 ms a minute.
-    with contextlib.suppress(OSError):  # a sandbox may forbid it; then the check may take longer
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    keep_to_a_free_one()
 
 
 def examine(target: str) -> Verdict:

@@ -19,6 +19,7 @@ from llm_serve.core.fallbacks import AUTO_BACKENDS
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.settings import Settings
 from llm_serve.host import processes
+from llm_serve.host.cpus import keep_to_a_free_one
 from llm_serve.host.doctor.gpus import build
 
 LOAD_TIMEOUT_S = 60.0
@@ -93,9 +94,7 @@ def ask(question: Question) -> AttentionFacts:
         text=True,
     )
     if build().is_for_cpu:
-        # As in `check`: an engine on CPUs holds all but the last and never pauses, and torch's MKL visits each of them.
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(child.pid, {max(os.sched_getaffinity(0))})
+        keep_to_a_free_one(child.pid)
     text = json.dumps({"shape": asdict(question.shape), "wanted": question.wanted, "timeout_s": question.timeout_s})
     with child:
         try:
