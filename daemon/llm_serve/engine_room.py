@@ -13,8 +13,8 @@ from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.evidence import Failure
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.policy import NO_REQUEST
-from llm_serve.crew import Crew, Nobody
 from llm_serve.engine.factory import Engine, Factory, StartError
+from llm_serve.front_ends.protocols import Crew, Nobody
 from llm_serve.host import interpreter
 from llm_serve.host.logs import get_logger
 from llm_serve.instance import Instance

@@ -21,10 +21,10 @@ from llm_serve.core.policy import Choices
 from llm_serve.core.progress import SERVING, Phase
 from llm_serve.core.settings import Settings
 from llm_serve.core.status import FrontEndStatus, Snapshot
-from llm_serve.crew import Entrance
 from llm_serve.engine.evidence import Collector
 from llm_serve.engine.factory import Factory, Origin
 from llm_serve.engine_room import EngineRoom
+from llm_serve.front_ends.protocols import Entrance
 from llm_serve.host import boot, processes
 from llm_serve.host.logs import get_logger
 from llm_serve.host.systemd import Notifier
@@ -32,7 +32,7 @@ from llm_serve.instance import Host, Instance, installed_vllm, ready_host
 
 if TYPE_CHECKING:
     from llm_serve.engine.steps import StepWatch
-    from llm_serve.front_ends import FrontEnds
+    from llm_serve.front_ends.pool import FrontEnds
 
 _WATCH_EVERY_S = 0.5
 _EXTEND_EVERY_S, _EXTEND_BY_S = 2.5, 30.0

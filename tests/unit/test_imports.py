@@ -127,7 +127,7 @@ def test_the_daemon_answers_before_it_has_loaded_vllm() -> None:
     """Whatever its loop needs is there without it, front ends of its own making included."""
     code = (
         "import sys\n"
-        "import llm_serve.cli.run, llm_serve.supervisor, llm_serve.door, llm_serve.front_ends, llm_serve.birth\n"
+        "import llm_serve.cli.run, llm_serve.supervisor, llm_serve.door, llm_serve.front_ends.pool\n"
         "import llm_serve.engine.attach, llm_serve.engine.orphans\n"
         "print(*sorted({'vllm', 'torch', 'transformers'} & set(sys.modules)))\n"
     )

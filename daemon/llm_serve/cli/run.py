@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from llm_serve.engine.factory import Places
     from llm_serve.engine.relay import Receiver
-    from llm_serve.front_ends import FrontEnds
+    from llm_serve.front_ends.pool import FrontEnds
     from llm_serve.host.board import Seat
     from llm_serve.host.closed_network import Network
     from llm_serve.instance import Instance
@@ -204,9 +204,9 @@ def _supervisor(start: Start, places: Places, network: Network) -> tuple[Supervi
 
 def _front_ends(supervisor: Supervisor, gate: Gate, seat: Seat, listener: socket.socket, runtime: Path) -> FrontEnds:
     """The front ends beside this process's own, which are forked as soon as there is what they are forked from."""
-    from llm_serve.birth import Birth
     from llm_serve.engine.attach import Party
-    from llm_serve.front_ends import FrontEnds
+    from llm_serve.front_ends.birth import Birth
+    from llm_serve.front_ends.pool import FrontEnds
 
     loop, places = asyncio.get_running_loop(), len(seat.board.rows)
 

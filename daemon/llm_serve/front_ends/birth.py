@@ -29,5 +29,5 @@ class Birth:
 
 def live(birth: Birth, listener: socket.socket, connection: socket.socket, board: int) -> None:
     """The whole life of a front end, in a fork of the fork server, which has loaded it."""
-    front_end: Any = importlib.import_module("llm_serve.front_end")
+    front_end: Any = importlib.import_module("llm_serve.front_ends.front_end")
     front_end.main(birth, listener, connection, board)
