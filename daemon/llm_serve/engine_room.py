@@ -13,7 +13,8 @@ from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.evidence import Failure
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.policy import NO_REQUEST
-from llm_serve.engine.factory import Engine, Factory, StartError
+from llm_serve.engine.factory import Factory, StartError
+from llm_serve.engine.running import Engine
 from llm_serve.front_ends.protocols import Crew, Nobody
 from llm_serve.host import interpreter
 from llm_serve.host.logs import get_logger
@@ -90,7 +91,7 @@ class EngineRoom:
                 task.cancel()
                 await asyncio.wait({task}, timeout=_CANCEL_S)
         await self._stop_engine()
-        await self._factory.kill_rest()
+        await self._factory.ending.kill_rest()
         self._say(events.EngineStopped())
 
     async def abort_requests_of(self, place: int) -> None:
@@ -175,7 +176,7 @@ class EngineRoom:
         """What is open goes to the next engine."""
         if (engine := self._unbind(epoch)) is None or self.postmortem is None:
             return
-        await self._factory.stop(engine)
+        await self._factory.ending.stop(engine)
         await self.postmortem.wait_for_memory()
         self._say(events.EngineRetired(epoch))
 
@@ -194,4 +195,4 @@ class EngineRoom:
         if (engine := self.engine) is not None:
             self.engine = None
             self.crew.unbind(engine.epoch)
-            await self._factory.stop(engine)
+            await self._factory.ending.stop(engine)

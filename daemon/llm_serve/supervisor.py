@@ -84,7 +84,7 @@ class Supervisor:
         self.gate = self._room.crew = front_ends
         self._front_ends, self._on_news = front_ends.status, front_ends.tell
         self._load = lambda _: front_ends.load
-        self._factory.party, front_ends.spared = front_ends.party, self._factory.spared
+        self._factory.party, front_ends.spared = front_ends.party, self._factory.ending.spared
         front_ends.found_dead, front_ends.abort = self._room.found_dead, self._room.abort_requests_of
         self._spawn(front_ends.run(lambda: self._room.survivor, lambda: self._factory.environ))
 

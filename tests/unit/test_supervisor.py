@@ -79,6 +79,7 @@ class Factory:
         self.alive: list[int] = []
         self.plans: list[int] = []
         self.refused: set[int] = set()
+        self.ending = self
 
     def prepare(self, *_: object) -> None:
         """Nothing."""

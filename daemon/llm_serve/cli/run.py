@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     # Half a second of FastAPI and uvicorn that a refused file need not wait for.
     from fastapi import FastAPI
 
-    from llm_serve.engine.factory import Places
+    from llm_serve.engine.ending import Places
     from llm_serve.engine.relay import Receiver
     from llm_serve.front_ends.pool import FrontEnds
     from llm_serve.host.board import Seat
@@ -128,13 +128,13 @@ async def _serve(start: Start, runtime: Path, sockets: tuple[socket.socket, sock
     from llm_serve import door, metrics
     from llm_serve.chronicle import Chronicle
     from llm_serve.core import tally
-    from llm_serve.engine import architectures, factory
+    from llm_serve.engine import architectures, ending
     from llm_serve.host.board import Board, Seat
     from llm_serve.web import operations
     from llm_serve.web.server import Server
 
-    places = factory.Places(runtime, boot.state_folder(runtime, os.environ))
-    factory.remove_leftovers(places)
+    places = ending.Places(runtime, boot.state_folder(runtime, os.environ))
+    ending.remove_leftovers(places)
     listener, control = sockets
     supervisor, receiver = _supervisor(start, places, network)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -185,7 +185,7 @@ def _supervisor(start: Start, places: Places, network: Network) -> tuple[Supervi
 
     def on_record(value: relay.Record) -> None:
         ended = value.get("ended")
-        if ended is None or ended[0] not in engines.spared:  # what ends a front end explains no engine's failure
+        if ended is None or ended[0] not in engines.ending.spared:  # what ends a front end explains no engine's failure
             collector.add_record(value)
         logs.relayed(value)
 

@@ -24,7 +24,7 @@ from starlette.responses import Response
 
 from llm_serve import door
 from llm_serve.core import tally
-from llm_serve.engine import attach, factory, forkserver, openai
+from llm_serve.engine import attach, ending, forkserver, openai
 from llm_serve.engine.survivor import Survivor
 from llm_serve.front_ends import messages, totals
 from llm_serve.front_ends.birth import Birth
@@ -175,7 +175,7 @@ class FrontEnd:
     # The engine of the moment.
     async def _attach(self, offer: bytes) -> attach.Client:
         """A client that has met its engine, once that has come up so far."""
-        factory.free_dead_engines()
+        ending.free_dead_engines()
         with interpreter.loop_first(is_kept=False):
             client = await asyncio.to_thread(attach.build, offer, self._birth.place, self._birth.places)
         try:
