@@ -1,10 +1,14 @@
 """Several processes that answer HTTP for one engine: `[server] front_ends`.
 
-`pool.py` lives in the daemon's own process, the first one. It has the others forked, says to them what the supervisor
-and the engine room decide, and is to these what one gate and one engine's client would be (`protocols.py`).
-`front_end.py` is the whole of another process. It begins with what `birth.py` holds; from then on orders come in and
-facts go out as `messages.py` has them. Numbers that change all the time stand on the board instead (host/board.py), at
-which each process looks in its turns (`turns.py`). `totals.py` makes one instance's metrics of all of theirs.
+- `pool.py` lives in the daemon's own process, the first one: it has the others forked, says to them what the supervisor
+  and the engine room decide, and replaces those that die;
+- `protocols.py` is what these two take the pool for: a gate, and those who share the engine;
+- `front_end.py` is the whole of another process, `spawn.py` its way in, `birth.py` what it begins with;
+- `messages.py` is what goes over the pipe between them, orders out and facts in;
+- `turns.py` is what all of them, the first one included, do again and again with the board (host/board.py), on which
+  the numbers stand that change all the time;
+- `totals.py` makes one instance's metrics of all of theirs.
 
-What is decided from numbers alone is in the core: tally.py and company.py.
+Imports go down this list, from the pool and from a front end, and neither of these two imports the other. What is
+decided from numbers alone is in the core: company.py and tally.py.
 """

@@ -23,7 +23,8 @@ from llm_serve.core.company import Company
 from llm_serve.core.restarts import backoff_s
 from llm_serve.core.status import FrontEndStatus, Snapshot
 from llm_serve.engine import forkserver
-from llm_serve.front_ends import birth, messages
+from llm_serve.front_ends import messages, spawn
+from llm_serve.front_ends.birth import Birth
 from llm_serve.front_ends.messages import Order, Pipe
 from llm_serve.front_ends.totals import Totals
 from llm_serve.front_ends.turns import Turns
@@ -36,7 +37,6 @@ from llm_serve.web.gate import Gate
 if TYPE_CHECKING:
     from llm_serve.engine.attach import Party
     from llm_serve.engine.steps import StepWatch
-    from llm_serve.front_ends.birth import Birth
     from llm_serve.instance import Instance
 
 _LOOK_EVERY_S, _STANDS_STILL_S = 0.5, 30.0
@@ -245,7 +245,7 @@ class FrontEnds:
                 await asyncio.sleep(_LOOK_EVERY_S)
             arguments = (self._beginning(place), self._listener, theirs, forkserver.Handed(self._board.descriptor))
             async with self._forking:
-                process = await asyncio.to_thread(forkserver.start_process, birth.live, arguments, env())
+                process = await asyncio.to_thread(forkserver.start_process, spawn.live, arguments, env())
         self.spared.add(process.pid)
         return int(process.pid)
 
