@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from llm_serve import metrics
-from llm_serve.core import machine, stall
+from llm_serve.core import events, stall
 from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.evidence import Failure
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.policy import NO_REQUEST
-from llm_serve.crew import Crew, Nobody
-from llm_serve.engine.factory import Engine, Factory, StartError
+from llm_serve.engine.factory import Factory, StartError
+from llm_serve.engine.running import Engine
+from llm_serve.front_ends.protocols import Crew, Nobody
 from llm_serve.host import interpreter
 from llm_serve.host.logs import get_logger
 from llm_serve.instance import Instance
@@ -35,7 +36,7 @@ class EngineRoom:
     def __init__(
         self,
         factory: Factory,
-        say: Callable[[machine.Event], None],
+        say: Callable[[events.Event], None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self._factory, self._say, self._spawn = factory, say, spawn
@@ -90,8 +91,8 @@ class EngineRoom:
                 task.cancel()
                 await asyncio.wait({task}, timeout=_CANCEL_S)
         await self._stop_engine()
-        await self._factory.kill_rest()
-        self._say(machine.EngineStopped())
+        await self._factory.ending.kill_rest()
+        self._say(events.EngineStopped())
 
     async def abort_requests_of(self, place: int) -> None:
         """Have the engine give up the requests of a front end that is gone."""
@@ -133,7 +134,7 @@ class EngineRoom:
             self._failed(epoch, await self.postmortem.of_start(error))
         else:
             self._progress = stall.Progress()
-            self._say(machine.EngineReady(epoch))
+            self._say(events.EngineReady(epoch))
 
     async def _bind(self, engine: Engine, instance: Instance) -> None:
         """Put the engine behind vLLM's handlers."""
@@ -153,13 +154,13 @@ class EngineRoom:
         self.survivor.bind(engine.llm, engine.epoch)
 
     def _failed(self, epoch: int, failure: Failure) -> None:
-        self._say(machine.EngineFailed(epoch, failure, self._factory.built))
+        self._say(events.EngineFailed(epoch, failure, self._factory.built))
 
     def _lose(self, epoch: int, explain: Callable[[Postmortem, Engine], Awaitable[Failure]]) -> None:
         """From now on there is no engine; why, and when its remains are gone, is found out meanwhile."""
         if (engine := self._unbind(epoch)) is None or (postmortem := self.postmortem) is None:
             return
-        self._say(machine.EngineLost(epoch))
+        self._say(events.EngineLost(epoch))
 
         async def bury() -> None:
             failure = await explain(postmortem, engine)
@@ -175,9 +176,9 @@ class EngineRoom:
         """What is open goes to the next engine."""
         if (engine := self._unbind(epoch)) is None or self.postmortem is None:
             return
-        await self._factory.stop(engine)
+        await self._factory.ending.stop(engine)
         await self.postmortem.wait_for_memory()
-        self._say(machine.EngineRetired(epoch))
+        self._say(events.EngineRetired(epoch))
 
     def _unbind(self, epoch: int) -> Engine | None:
         """The engine with this number, which from now on is given no request. None when it is gone already."""
@@ -194,4 +195,4 @@ class EngineRoom:
         if (engine := self.engine) is not None:
             self.engine = None
             self.crew.unbind(engine.epoch)
-            await self._factory.stop(engine)
+            await self._factory.ending.stop(engine)

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from llm_serve.core.evidence import Kind
-from llm_serve.core.machine import State
+from llm_serve.core.states import State
 from llm_serve.core.status import Snapshot
 from llm_serve.core.telemetry import THROTTLE_REASONS, Reading
 

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from llm_serve.core import machine
+from llm_serve.core import events, machine, states
 from llm_serve.core.errors import LlmServeError
-from llm_serve.core.machine import State
 from llm_serve.core.reload import Change, compare
+from llm_serve.core.states import State
 from llm_serve.core.status import Reply
 from llm_serve.host import interpreter
 from llm_serve.host.logs import get_logger
@@ -20,7 +20,7 @@ from llm_serve.supervisor import Supervisor
 T = TypeVar("T")
 
 _TRY_AGAIN, _GAVE_UP, _WRONG_FILE = 75, 70, 78
-_ENDING = machine.FINAL | {State.draining}
+_ENDING = states.FINAL | {State.draining}
 
 
 class Orders:
@@ -60,14 +60,14 @@ class Orders:
             return Reply(_TRY_AGAIN, "a reload is under way already; wait for its end.")
         async with self._reloading:
             now = self._supervisor.situation
-            if now.state not in machine.UP:
+            if now.state not in states.UP:
                 return self._heard(_not_now(now))
             self._notifier.reloading()
             try:
                 reply = await self._reload()
             finally:
                 # Else the next engine's readiness ends the reload.
-                if self._supervisor.situation.state in machine.UP:
+                if self._supervisor.situation.state in states.UP:
                     self._notifier.ready()
             return self._heard(reply)
 
@@ -99,12 +99,12 @@ class Orders:
             return Reply(0, "no option has changed; the API keys have been read again.")
         if not change.needs_engine:
             return Reply(0, f"{_applied(change)} without a new engine.")
-        now = await self._supervisor.until(lambda now: now.state in machine.UP | _ENDING)
-        if self._supervisor.instance is new and now.state in machine.UP:
+        now = await self._supervisor.until(lambda now: now.state in states.UP | _ENDING)
+        if self._supervisor.instance is new and now.state in states.UP:
             return Reply(0, f"{_applied(change)} with a new engine (start {now.epoch}).")
         if now.fell_back:
             why = now.fell_back.rstrip(".")
-            serves = "serves again" if now.state in machine.UP else f"is {now.state}"
+            serves = "serves again" if now.state in states.UP else f"is {now.state}"
             return Reply(
                 _GAVE_UP,
                 f"the changed file's engine does not start: {why}. The file as it was before {serves}.",
@@ -113,19 +113,19 @@ class Orders:
 
     async def drain(self) -> Reply:
         """Let new requests wait; those in flight finish."""
-        return await self._set_drained(machine.DrainRequested(), "stopped: new requests wait")
+        return await self._set_drained(events.DrainRequested(), "stopped: new requests wait")
 
     async def resume(self) -> Reply:
         """Let requests through again, those that wait first."""
-        return await self._set_drained(machine.ResumeRequested(), "open")
+        return await self._set_drained(events.ResumeRequested(), "open")
 
-    async def _set_drained(self, order: machine.Event, outcome: str) -> Reply:
+    async def _set_drained(self, order: events.Event, outcome: str) -> Reply:
         before = self._supervisor.situation
         now = await self._supervisor.tell(order)
         if now.state in _ENDING:
             return Reply(_TRY_AGAIN, f"the instance is {now.state} ({now.why}): nothing was changed.")
         already = " already" if now.is_drained == before.is_drained else ""
-        later = "" if now.state in machine.UP else f", as soon as the engine answers (the instance is {now.state})"
+        later = "" if now.state in states.UP else f", as soon as the engine answers (the instance is {now.state})"
         but = f"; but {now.too_hot}" if now.too_hot and not now.is_drained else ""
         reply = Reply(0, f"admission is{already} {outcome}{later}{but}.")
         get_logger().info(reply.message)

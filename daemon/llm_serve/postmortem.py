@@ -17,7 +17,8 @@ from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.evidence import ErrorRecord, Evidence, Failure, Kind
 from llm_serve.core.failures import classify
 from llm_serve.engine.evidence import Collector
-from llm_serve.engine.factory import Engine, Factory, StartError
+from llm_serve.engine.factory import Factory, StartError
+from llm_serve.engine.running import Engine
 from llm_serve.host import gpu_gate
 from llm_serve.host.logs import get_logger
 from llm_serve.host.state_file import append_failure
@@ -75,12 +76,12 @@ class Postmortem:
         since = time.time() - _CAUSE_WITHIN_S
         evidence = self._collector.evidence(since=since, has_served=True, **more)
         evidence = await asyncio.to_thread(self._witnesses.testify, evidence)
-        await self._factory.kill(engine)
+        await self._factory.ending.kill(engine)
         return await self._conclude(await self._without_remains(evidence, engine))
 
     async def _without_remains(self, evidence: Evidence, engine: Engine | None = None) -> Evidence:
         """When nothing of the engine is left, its processes and its memory; what stays has become evidence."""
-        if unkillable := await self._factory.remains(engine):
+        if unkillable := await self._factory.ending.remains(engine):
             return replace(evidence, unkillable=unkillable)
         await self.wait_for_memory()
         return evidence
@@ -92,7 +93,7 @@ class Postmortem:
             self._witnesses.gpus,
             self._witnesses.devices,
             needed_free_bytes=None,
-            own_pids=self._factory.pids(),
+            own_pids=self._factory.ending.pids(),
             timeout_s=_MEMORY_BACK_S,
             tell=tell,
         )

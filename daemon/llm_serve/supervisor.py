@@ -11,20 +11,20 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from llm_serve import __version__, metrics
-from llm_serve.core import guard, machine, stall
+from llm_serve.core import actions, events, guard, machine, stall, states
 from llm_serve.core.admission import Load
 from llm_serve.core.course import Course, Floors
 from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.fallbacks import AUTO_BACKENDS
-from llm_serve.core.machine import State
-from llm_serve.core.policy import Choices
+from llm_serve.core.policy import Choices, Limits
 from llm_serve.core.progress import SERVING, Phase
 from llm_serve.core.settings import Settings
+from llm_serve.core.states import State
 from llm_serve.core.status import FrontEndStatus, Snapshot
-from llm_serve.crew import Entrance
 from llm_serve.engine.evidence import Collector
 from llm_serve.engine.factory import Factory, Origin
 from llm_serve.engine_room import EngineRoom
+from llm_serve.front_ends.protocols import Entrance
 from llm_serve.host import boot, processes
 from llm_serve.host.logs import get_logger
 from llm_serve.host.systemd import Notifier
@@ -32,7 +32,7 @@ from llm_serve.instance import Host, Instance, installed_vllm, ready_host
 
 if TYPE_CHECKING:
     from llm_serve.engine.steps import StepWatch
-    from llm_serve.front_ends import FrontEnds
+    from llm_serve.front_ends.pool import FrontEnds
 
 _WATCH_EVERY_S = 0.5
 _EXTEND_EVERY_S, _EXTEND_BY_S = 2.5, 30.0
@@ -58,7 +58,7 @@ class Supervisor:
         self._started = time.monotonic()
         self._vllm_version = installed_vllm()  # read once: it takes a descriptor, and there may be none later
         self._on_ready = on_ready
-        self._events: asyncio.Queue[machine.Event] = asyncio.Queue()
+        self._events: asyncio.Queue[events.Event] = asyncio.Queue()
         self._heard = 0
         self._turn = asyncio.Event()
         self._files = {0: instance}
@@ -84,7 +84,7 @@ class Supervisor:
         self.gate = self._room.crew = front_ends
         self._front_ends, self._on_news = front_ends.status, front_ends.tell
         self._load = lambda _: front_ends.load
-        self._factory.party, front_ends.spared = front_ends.party, self._factory.spared
+        self._factory.party, front_ends.spared = front_ends.party, self._factory.ending.spared
         front_ends.found_dead, front_ends.abort = self._room.found_dead, self._room.abort_requests_of
         self._spawn(front_ends.run(lambda: self._room.survivor, lambda: self._factory.environ))
 
@@ -145,13 +145,13 @@ class Supervisor:
         """How far a start has come; once there was none to wait for, the state itself."""
         if self._situation.state is State.reloading and self._room.engine is not None:
             return _FINISHING
-        if self._situation.state in machine.HOLDING:
+        if self._situation.state in states.HOLDING:
             return self._collector.phase or _WAITING
         return SERVING if self._situation.state is State.serving else Phase(self._situation.state.value, 0.0)
 
     def request_stop(self) -> None:
         """Ask for the end; a second time, ask for it now. Safe as a signal handler."""
-        self._events.put_nowait(machine.StopRequested())
+        self._events.put_nowait(events.StopRequested())
 
     @property
     def instance(self) -> Instance:
@@ -163,7 +163,7 @@ class Supervisor:
         """What the machine knows at present."""
         return self._situation
 
-    async def tell(self, event: machine.Event) -> machine.Situation:
+    async def tell(self, event: events.Event) -> machine.Situation:
         """Tell the machine a fact, and return what the situation is after it."""
         self._events.put_nowait(event)
         number = self._heard + self._events.qsize()
@@ -171,7 +171,7 @@ class Supervisor:
 
     async def until(self, is_so: Callable[[machine.Situation], bool]) -> machine.Situation:
         """Return the situation when it is so, or when it is final."""
-        while not is_so(self._situation) and self._situation.state not in machine.FINAL:
+        while not is_so(self._situation) and self._situation.state not in states.FINAL:
             await self._turn.wait()
         return self._situation
 
@@ -182,7 +182,7 @@ class Supervisor:
         self._files[number] = instance
         host = self._host.serving(instance)
         course = await asyncio.to_thread(host.memory.recall, instance.plan) if needs_engine else None
-        return await self.tell(machine.FileChanged(number, _limits(instance.settings), course))
+        return await self.tell(events.FileChanged(number, _limits(instance.settings), course))
 
     def _adopt(self, number: int) -> None:
         """This reading of the file counts from now on; the last one may have to come back."""
@@ -215,7 +215,7 @@ class Supervisor:
             if not self._instance.asks_driver:
                 self._factory.prepare(self._instance.plan, architectures)
         except (ConfigError, HostError) as error:
-            return self._end(machine.Exit(error.exit_status, str(error)))
+            return self._end(actions.Exit(error.exit_status, str(error)))
         self._spawn(self._wait_for_host(architectures))
         while True:
             event = await self._events.get()
@@ -226,27 +226,27 @@ class Supervisor:
             self._situation = after
             self._note(before, event)
             for order in orders:
-                if isinstance(order, machine.Exit):
+                if isinstance(order, actions.Exit):
                     return self._end(order)
                 await self._carry_out(order)
 
     async def _wait_for_host(self, architectures: list[str]) -> None:
         """GPUs first, then what was learned on them."""
-        tell = lambda why: self._events.put_nowait(machine.HostWaits(why))  # noqa: E731 - one expression, used once
+        tell = lambda why: self._events.put_nowait(events.HostWaits(why))  # noqa: E731 - one expression, used once
         try:
             self._host = await ready_host(self._instance, self._factory, self._collector, tell)
             self._factory.prepare(self._instance.plan, architectures)
         except (ConfigError, HostError) as error:
-            self._events.put_nowait(machine.HostMissing(error.exit_status, str(error)))
+            self._events.put_nowait(events.HostMissing(error.exit_status, str(error)))
         else:
             self._room.postmortem = self._host.postmortem
             course = await asyncio.to_thread(self._host.memory.recall, self._instance.plan)
-            self._events.put_nowait(machine.HostReady(course))
+            self._events.put_nowait(events.HostReady(course))
 
-    def _note(self, before: machine.Situation, event: machine.Event) -> None:
+    def _note(self, before: machine.Situation, event: events.Event) -> None:
         """One journal entry for every change of state, and one for every failure."""
         now = self._situation
-        if isinstance(event, machine.EngineFailed) and event.epoch == before.epoch:
+        if isinstance(event, events.EngineFailed) and event.epoch == before.epoch:
             self._failed_at = self._failed_at or time.monotonic()
         if now.course != before.course and now.course.steps:
             get_logger().warning("the plan has changed", rung=now.course.rung, reason=now.course.steps[-1].reason)
@@ -259,30 +259,30 @@ class Supervisor:
         self._turn.set()
         self._turn = asyncio.Event()
 
-    async def _carry_out(self, order: machine.Action) -> None:
+    async def _carry_out(self, order: actions.Action) -> None:
         assert self.gate is not None, "the gate is set before run()"
         match order:
-            case machine.StartEngine(epoch, reason, plan):
+            case actions.StartEngine(epoch, reason, plan):
                 metrics.engine_starts.labels(reason).inc()
                 self._stalled_s = 0.0
                 self._room.build(epoch, plan, self._instance)
-            case machine.Remember(course) if self._host is not None:
+            case actions.Remember(course) if self._host is not None:
                 await self._host.memory.remember(course)
-            case machine.RetireEngine(epoch):
+            case actions.RetireEngine(epoch):
                 self._room.retire(epoch)
-            case machine.Pause(epoch, seconds):
+            case actions.Pause(epoch, seconds):
                 self._spawn(self._pause(epoch, seconds))
-            case machine.OpenGate():
+            case actions.OpenGate():
                 self._open_gate(self.gate)
-            case machine.Announce():
+            case actions.Announce():
                 self._announce()
-            case machine.CloseGate(refuse):
+            case actions.CloseGate(refuse):
                 self._close_gate(self.gate, refuse=refuse)
-            case machine.CutRequests():
+            case actions.CutRequests():
                 self._room.cut_requests(self._situation.why)
-            case machine.Drain():
+            case actions.Drain():
                 self._begin_drain(self.gate)
-            case machine.StopEngine():
+            case actions.StopEngine():
                 self._spawn(self._room.stop())
 
     def _open_gate(self, gate: Entrance) -> None:
@@ -310,8 +310,8 @@ class Supervisor:
         await asyncio.sleep(seconds)
         if self._host is not None and self._host.memory.was_reset():
             get_logger().info("what was learned has been forgotten, as asked")
-            self._events.put_nowait(machine.Forgotten())
-        self._events.put_nowait(machine.PauseOver(epoch))
+            self._events.put_nowait(events.Forgotten())
+        self._events.put_nowait(events.PauseOver(epoch))
 
     # Watches.
     async def _watch_engine(self) -> None:
@@ -319,7 +319,7 @@ class Supervisor:
             await asyncio.sleep(_WATCH_EVERY_S)
             self._looked_at = time.monotonic()
             self._watch_heat()
-            if (engine := self._room.engine) is None or self._situation.state not in machine.WATCHED:
+            if (engine := self._room.engine) is None or self._situation.state not in states.WATCHED:
                 continue
             if engine.is_dead:
                 self._room.found_dead(engine.epoch)
@@ -335,7 +335,7 @@ class Supervisor:
         gpus, was = self._host.telemetry.readings() if self._host else (), self._situation.too_hot
         why = guard.too_hot(gpus, self._instance.settings.gpu.pause_above_celsius, is_paused=bool(was))
         if why is not None and bool(why) != bool(was):
-            self._events.put_nowait(machine.Heated(why) if why else machine.Cooled())
+            self._events.put_nowait(events.Heated(why) if why else events.Cooled())
 
     def _look_up(self) -> None:
         """Try a larger plan when there has been nothing to do for a while, and it is time."""
@@ -349,7 +349,7 @@ class Supervisor:
             trials_failed=now.trials_failed,
         ):
             self._busy_at = time.monotonic()
-            self._events.put_nowait(machine.StepUpDue())
+            self._events.put_nowait(events.StepUpDue())
 
     def _begin_drain(self, gate: Entrance) -> None:
         """A stop in the middle of a reload has the whole drain time, whatever of the reload's has passed."""
@@ -366,7 +366,7 @@ class Supervisor:
                 get_logger().warning("drain deadline passed", seconds=timeout_s, in_flight=at_work)
                 break
             await asyncio.sleep(0.05)
-        self._events.put_nowait(machine.Drained())
+        self._events.put_nowait(events.Drained())
 
     async def _tell_service_manager(self) -> None:
         """The watchdog hears from this loop, the one that judges health, and from nobody else."""
@@ -375,7 +375,7 @@ class Supervisor:
             if self._is_in_order():
                 self._notifier.alive()
             self._say_what_is()
-            if self._situation.state in machine.HOLDING and (phase := self._phase()) != last:
+            if self._situation.state in states.HOLDING and (phase := self._phase()) != last:
                 last = phase
                 get_logger().info(f"{phase.name}, {phase.ratio:.0%}", state=self._situation.state.value)
             await asyncio.sleep(pause_s)
@@ -390,11 +390,11 @@ class Supervisor:
         now, recovery = time.monotonic(), self._instance.settings.recovery
         engine_hangs = (
             self._room.engine is not None
-            and self._situation.state in machine.WATCHED
+            and self._situation.state in states.WATCHED
             and now - self._looked_at > recovery.stall_timeout_s + _GRACE_S
         )
         starts_for_ever = (
-            self._situation.state in machine.HOLDING
+            self._situation.state in states.HOLDING
             and self._room.is_building
             and now - (self._situation.starts or (now,))[-1] > recovery.start_timeout_s + _GRACE_S
         )
@@ -405,7 +405,7 @@ class Supervisor:
         self._notifier.extend_start(_EXTEND_BY_S)
         while True:
             await asyncio.sleep(_EXTEND_EVERY_S)
-            is_starting = self._situation.state in machine.HOLDING or self._situation.state is State.draining
+            is_starting = self._situation.state in states.HOLDING or self._situation.state is State.draining
             # Requests that finish before a reload are work as well, and have a deadline of their own.
             is_busy = self._phase() is _FINISHING or self._factory.idle_s < 2 * _EXTEND_EVERY_S
             if is_starting and is_busy:
@@ -414,7 +414,7 @@ class Supervisor:
     async def _log_stats(self) -> None:
         while True:
             await asyncio.sleep(_LOG_STATS_EVERY_S)
-            if (engine := self._room.engine) is not None and self._situation.state in machine.WATCHED:
+            if (engine := self._room.engine) is not None and self._situation.state in states.WATCHED:
                 with contextlib.suppress(Exception):
                     await engine.llm.do_log_stats()
 
@@ -430,20 +430,20 @@ class Supervisor:
         if not task.cancelled() and (error := task.exception()) is not None:
             get_logger().critical("internal error", exc_info=error)
             self._bug = error
-            self._events.put_nowait(machine.StopRequested())
+            self._events.put_nowait(events.StopRequested())
 
-    def _end(self, order: machine.Exit) -> int:
+    def _end(self, order: actions.Exit) -> int:
         log = get_logger()
         if self._bug is not None:
-            order = machine.Exit(70, f"stopped after an internal error: {self._bug!r}")
+            order = actions.Exit(70, f"stopped after an internal error: {self._bug!r}")
         (log.info if order.status == 0 else log.critical)("exit", status=order.status, why=order.why)
         self._notifier.status(order.why)
         return order.status
 
 
-def _limits(settings: Settings) -> machine.Limits:
+def _limits(settings: Settings) -> Limits:
     recovery = settings.recovery
     floors = Floors(recovery.floor_max_model_len, recovery.floor_max_num_seqs)
     backends = AUTO_BACKENDS if recovery.attention_backends == "auto" else recovery.attention_backends
     choices = Choices(floors, backends)
-    return machine.Limits(recovery.restart_limit, recovery.restart_window_s, choices, jitter=random.random())  # noqa: S311
+    return Limits(recovery.restart_limit, recovery.restart_window_s, choices, jitter=random.random())  # noqa: S311

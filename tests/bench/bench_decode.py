@@ -26,8 +26,9 @@ async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
     """(seconds to build, tokens/s of one stream, tokens/s of eight) for an engine built this way."""
     from llm_serve.core.plan import EnginePlan
     from llm_serve.engine import forkserver, relay
+    from llm_serve.engine.ending import Places
     from llm_serve.engine.evidence import Collector
-    from llm_serve.engine.factory import Factory, Origin, Places
+    from llm_serve.engine.factory import Factory, Origin
 
     arguments = {
         "dtype": "float32",
@@ -44,13 +45,13 @@ async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
             forkserver.install = lambda: None
         factory.prepare(plan, ["LlamaForCausalLM"])
         first = await factory.build(plan, 1, timeout_s=600, stall_timeout_s=600)
-        await factory.stop(first)
+        await factory.ending.stop(first)
         began = time.perf_counter()
         engine = await factory.build(plan, 2, timeout_s=600, stall_timeout_s=600)
         built = time.perf_counter() - began
         await _decode(engine.llm, 1, 32)
         one, eight = await _decode(engine.llm, 1, 200), await _decode(engine.llm, 8, 100)
-        await factory.stop(engine)
+        await factory.ending.stop(engine)
         factory.close()
         receiver.close()
     return built, one, eight

@@ -28,8 +28,9 @@ async def measure(model: str, rounds: int) -> dict[str, list[float]]:
     """Tokens per second of each round, by way."""
     from llm_serve.core.plan import EnginePlan
     from llm_serve.engine import forced, relay
+    from llm_serve.engine.ending import Places
     from llm_serve.engine.evidence import Collector
-    from llm_serve.engine.factory import Factory, Origin, Places
+    from llm_serve.engine.factory import Factory, Origin
 
     arguments = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 16, "enforce_eager": True,
                  "kv_cache_memory_bytes": 512 << 20}  # fmt: skip
@@ -43,7 +44,7 @@ async def measure(model: str, rounds: int) -> dict[str, list[float]]:
             forced.install = install if with_processor else lambda config: None
             engine = await factory.build(plan, epoch, timeout_s=600, stall_timeout_s=600)
             await _both_ways(engine.llm, rounds, "" if with_processor else ", no processor", seen)
-            await factory.stop(engine)
+            await factory.ending.stop(engine)
         factory.close()
         receiver.close()
     return seen

@@ -19,7 +19,7 @@ from prometheus_client.samples import Sample
 
 from llm_serve import metrics
 from llm_serve.cli.main import app
-from llm_serve.core.machine import State
+from llm_serve.core.states import State
 from llm_serve.core.status import Snapshot
 from llm_serve.core.telemetry import Reading
 from tests.promql import PROMETHEUS, RULES, Selector, alerts, asked_of_a_daemon, records, selectors, unanswered

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from llm_serve.core.machine import State
+from llm_serve.core.states import State
 from tests.promql import DASHBOARD, dashboard_expressions, dashboard_script
 
 BOARD: dict[str, Any] = json.loads(DASHBOARD.read_text())

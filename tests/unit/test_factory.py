@@ -14,8 +14,9 @@ from llm_serve.core.course import Effective
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.progress import FIRST_TOKEN, LAUNCHING, MEETING, Phase
 from llm_serve.engine import forkserver
+from llm_serve.engine.ending import Places, remove_leftovers
 from llm_serve.engine.evidence import Collector
-from llm_serve.engine.factory import Factory, Origin, Places, remove_leftovers
+from llm_serve.engine.factory import Factory, Origin
 from llm_serve.host import processes
 from llm_serve.host.nvml import Gpu
 from llm_serve.host.placement import Placement

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from llm_serve import front_ends as module
-from llm_serve import messages
 from llm_serve.core.status import Snapshot
-from llm_serve.front_ends import FrontEnds, _Child
+from llm_serve.front_ends import messages
+from llm_serve.front_ends import pool as module
+from llm_serve.front_ends.pool import FrontEnds, _Child
 from llm_serve.host.board import Board, Seat
 from tests.patience import patient
 

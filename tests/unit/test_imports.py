@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,44 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module or ""
+
+
+def module(path: Path) -> str:
+    """The name by which a file of ours is imported."""
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in EVERYTHING}
+
+
+def ours(path: Path) -> Iterator[str]:
+    """The modules of ours that a file imports: at once, late, for its types alone, or by a name in a string."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names):
+                found = [each.name for each in names]
+            case ast.ImportFrom(package, names):
+                found = [part if (part := f"{package}.{each.name}") in MODULES else f"{package}" for each in names]
+            case ast.Call(
+                ast.Attribute(attr="import_module") | ast.Name("import_module"), [ast.Constant(str(name)), *_]
+            ):
+                found = [name]
+            case _:
+                found = []
+        yield from (name for name in found if name in MODULES)
+
+
+def test_imports_go_one_way() -> None:
+    """No module reaches itself through what it imports: each can be read knowing only what lies below it."""
+    below = {name: set(ours(path)) for name, path in MODULES.items()}
+    circle: list[str] = []
+    try:
+        TopologicalSorter(below).prepare()
+    except CycleError as error:
+        circle = error.args[1]
+
+    assert sum(map(len, below.values())) > len(MODULES)
+    assert [] == circle
 
 
 def names(path: Path) -> set[str]:
@@ -127,7 +166,7 @@ def test_the_daemon_answers_before_it_has_loaded_vllm() -> None:
     """Whatever its loop needs is there without it, front ends of its own making included."""
     code = (
         "import sys\n"
-        "import llm_serve.cli.run, llm_serve.supervisor, llm_serve.door, llm_serve.front_ends, llm_serve.birth\n"
+        "import llm_serve.cli.run, llm_serve.supervisor, llm_serve.door, llm_serve.front_ends.pool\n"
         "import llm_serve.engine.attach, llm_serve.engine.orphans\n"
         "print(*sorted({'vllm', 'torch', 'transformers'} & set(sys.modules)))\n"
     )

@@ -11,24 +11,15 @@ from typing import Any
 import pytest
 
 from llm_serve.core import learned
+from llm_serve.core.actions import Action, Remember, StartEngine
 from llm_serve.core.course import Course, Effective, Floors
+from llm_serve.core.events import EngineFailed, EngineReady, HostReady, PauseOver
 from llm_serve.core.evidence import Evidence
 from llm_serve.core.failures import classify
 from llm_serve.core.fallbacks import AUTO_BACKENDS
-from llm_serve.core.machine import (
-    Action,
-    EngineFailed,
-    EngineReady,
-    HostReady,
-    Limits,
-    PauseOver,
-    Remember,
-    Situation,
-    StartEngine,
-    step,
-)
+from llm_serve.core.machine import Situation, step
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.policy import Choices
+from llm_serve.core.policy import Choices, Limits
 
 PLAN = EnginePlan("m", {"tensor_parallel_size": 2}, {})
 TWO_GPUS = Effective(tensor_parallel_size=2, world_size=2)

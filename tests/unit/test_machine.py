@@ -8,18 +8,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_serve.core.course import Course, Effective, Floors, Step
-from llm_serve.core.evidence import Failure, Kind, Place
-from llm_serve.core.machine import (
-    FINAL,
-    HOLDING,
-    UP,
+from llm_serve.core.actions import (
     Action,
     Announce,
     CloseGate,
-    Cooled,
     CutRequests,
     Drain,
+    Exit,
+    OpenGate,
+    Pause,
+    Remember,
+    RetireEngine,
+    StartEngine,
+    StopEngine,
+)
+from llm_serve.core.course import Course, Effective, Floors, Step
+from llm_serve.core.events import (
+    Cooled,
     Drained,
     DrainRequested,
     EngineFailed,
@@ -28,30 +33,22 @@ from llm_serve.core.machine import (
     EngineRetired,
     EngineStopped,
     Event,
-    Exit,
     FileChanged,
     Forgotten,
     Heated,
     HostMissing,
     HostReady,
     HostWaits,
-    Limits,
-    OpenGate,
-    Pause,
     PauseOver,
-    Remember,
     ResumeRequested,
-    RetireEngine,
-    Situation,
-    StartEngine,
-    State,
     StepUpDue,
-    StopEngine,
     StopRequested,
-    step,
 )
+from llm_serve.core.evidence import Failure, Kind, Place
+from llm_serve.core.machine import Situation, step
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.policy import Choices
+from llm_serve.core.policy import Choices, Limits
+from llm_serve.core.states import FINAL, HOLDING, UP, State
 
 LIMITS = Limits(restart_limit=4, restart_window_s=100.0, choices=Choices(Floors(1024, 4)))
 PLAN = EnginePlan("m", {"max_model_len": 8192, "max_num_seqs": 64}, {})

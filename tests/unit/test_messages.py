@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from llm_serve import messages
-from llm_serve.messages import Message, Pipe
+from llm_serve.front_ends import messages
+from llm_serve.front_ends.messages import Message, Pipe
 
 
 async def pipes() -> tuple[Pipe, Pipe, socket.socket]:

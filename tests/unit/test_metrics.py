@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llm_serve import metrics
 from llm_serve.core.evidence import Kind
-from llm_serve.core.machine import State
+from llm_serve.core.states import State
 from llm_serve.core.status import FrontEndStatus, Snapshot
 from llm_serve.core.telemetry import THROTTLE_REASONS, Reading
 

@@ -12,24 +12,22 @@ import pytest
 
 from llm_serve.core.course import Course, Floors
 from llm_serve.core.errors import ConfigError, Problem
-from llm_serve.core.evidence import Failure, Kind
-from llm_serve.core.instance_file import parse_instance
-from llm_serve.core.machine import (
+from llm_serve.core.events import (
     Drained,
     EngineFailed,
     EngineReady,
     EngineRetired,
     Event,
     FileChanged,
-    Limits,
     PauseOver,
-    Situation,
-    State,
     StopRequested,
-    step,
 )
+from llm_serve.core.evidence import Failure, Kind
+from llm_serve.core.instance_file import parse_instance
+from llm_serve.core.machine import Situation, step
 from llm_serve.core.plan import EnginePlan
-from llm_serve.core.policy import Choices
+from llm_serve.core.policy import Choices, Limits
+from llm_serve.core.states import State
 from llm_serve.host.systemd import Silence
 from llm_serve.instance import Instance
 from llm_serve.orders import Orders

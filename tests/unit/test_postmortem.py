@@ -55,6 +55,7 @@ class Scene:
     def __post_init__(self) -> None:
         self.gpus = _Gpus(self.diary)
         self.postmortem = Postmortem(self, self.collector, Witnesses(self.gpus, ()), self.folder)  # type: ignore[arg-type]
+        self.ending = self
         self.engine: Any = SimpleNamespace(
             exit_codes=lambda: {"EngineCore": -9},
             processes=[SimpleNamespace(pid=7)],

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from llm_serve.core.machine import State
+from llm_serve.core.states import State
 from llm_serve.core.status import Snapshot
 
 NOW = Snapshot(

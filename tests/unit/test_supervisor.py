@@ -15,10 +15,12 @@ import pytest
 from llm_serve import supervisor as module
 from llm_serve.core.admission import IDLE
 from llm_serve.core.course import Course, Effective
+from llm_serve.core.events import DrainRequested, ResumeRequested
 from llm_serve.core.evidence import Failure, Kind
 from llm_serve.core.instance_file import parse_instance
-from llm_serve.core.machine import DrainRequested, ResumeRequested, Situation, State
+from llm_serve.core.machine import Situation
 from llm_serve.core.plan import EnginePlan
+from llm_serve.core.states import State
 from llm_serve.core.telemetry import Reading
 from llm_serve.engine_room import EngineRoom
 from llm_serve.host import boot
@@ -78,6 +80,7 @@ class Factory:
         self.alive: list[int] = []
         self.plans: list[int] = []
         self.refused: set[int] = set()
+        self.ending = self
 
     def prepare(self, *_: object) -> None:
         """Nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from llm_serve.totals import Totals, of_this_process
+from llm_serve.front_ends.totals import Totals, of_this_process
 
 
 class Process:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     # Half a second of FastAPI and uvicorn that a refused file need not wait for.
     from fastapi import FastAPI
 
-    from llm_serve.engine.factory import Places
+    from llm_serve.engine.ending import Places
     from llm_serve.engine.relay import Receiver
-    from llm_serve.front_ends import FrontEnds
+    from llm_serve.front_ends.pool import FrontEnds
     from llm_serve.host.board import Seat
     from llm_serve.host.closed_network import Network
     from llm_serve.instance import Instance
@@ -128,13 +128,13 @@ async def _serve(start: Start, runtime: Path, sockets: tuple[socket.socket, sock
     from llm_serve import door, metrics
     from llm_serve.chronicle import Chronicle
     from llm_serve.core import tally
-    from llm_serve.engine import architectures, factory
+    from llm_serve.engine import architectures, ending
     from llm_serve.host.board import Board, Seat
     from llm_serve.web import operations
     from llm_serve.web.server import Server
 
-    places = factory.Places(runtime, boot.state_folder(runtime, os.environ))
-    factory.remove_leftovers(places)
+    places = ending.Places(runtime, boot.state_folder(runtime, os.environ))
+    ending.remove_leftovers(places)
     listener, control = sockets
     supervisor, receiver = _supervisor(start, places, network)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -185,7 +185,7 @@ def _supervisor(start: Start, places: Places, network: Network) -> tuple[Supervi
 
     def on_record(value: relay.Record) -> None:
         ended = value.get("ended")
-        if ended is None or ended[0] not in engines.spared:  # what ends a front end explains no engine's failure
+        if ended is None or ended[0] not in engines.ending.spared:  # what ends a front end explains no engine's failure
             collector.add_record(value)
         logs.relayed(value)
 
@@ -204,9 +204,9 @@ def _supervisor(start: Start, places: Places, network: Network) -> tuple[Supervi
 
 def _front_ends(supervisor: Supervisor, gate: Gate, seat: Seat, listener: socket.socket, runtime: Path) -> FrontEnds:
     """The front ends beside this process's own, which are forked as soon as there is what they are forked from."""
-    from llm_serve.birth import Birth
     from llm_serve.engine.attach import Party
-    from llm_serve.front_ends import FrontEnds
+    from llm_serve.front_ends.birth import Birth
+    from llm_serve.front_ends.pool import FrontEnds
 
     loop, places = asyncio.get_running_loop(), len(seat.board.rows)
 

@@ -15,254 +15,49 @@ Invariants, checked after every step in tests:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
-from llm_serve.core.course import UNKNOWN, Course, Effective, Step
+from llm_serve.core.actions import (
+    Action,
+    Announce,
+    CloseGate,
+    CutRequests,
+    Drain,
+    Exit,
+    OpenGate,
+    Pause,
+    Remember,
+    RetireEngine,
+    StartEngine,
+    StopEngine,
+)
+from llm_serve.core.course import Course, Effective, Step
+from llm_serve.core.events import (
+    Cooled,
+    Drained,
+    DrainRequested,
+    EngineFailed,
+    EngineLost,
+    EngineReady,
+    EngineRetired,
+    EngineStopped,
+    Event,
+    FileChanged,
+    Forgotten,
+    Heated,
+    HostMissing,
+    HostReady,
+    HostWaits,
+    PauseOver,
+    ResumeRequested,
+    StepUpDue,
+    StopRequested,
+)
 from llm_serve.core.evidence import Failure, Kind
-from llm_serve.core.plan import EnginePlan
-from llm_serve.core.policy import Again, Choices, GiveUp, Strike, answer
+from llm_serve.core.policy import Again, GiveUp, Limits, Strike, answer
 from llm_serve.core.restarts import backoff_s, within_window
+from llm_serve.core.states import FINAL, HOLDING, UP, State
 
-
-class State(StrEnum):
-    """Where an instance can be. See the design's section 5."""
-
-    waiting_for_host = "waiting_for_host"
-    starting = "starting"
-    serving = "serving"
-    recovering = "recovering"
-    drained = "drained"
-    reloading = "reloading"
-    draining = "draining"
-    stopped = "stopped"
-    failed = "failed"
-
-
-FINAL = frozenset({State.stopped, State.failed})
-HOLDING = frozenset({State.waiting_for_host, State.starting, State.recovering, State.reloading})
-"""States in which a request waits for an engine instead of being refused."""
-UP = frozenset({State.serving, State.drained})
-"""States in which the engine answers; `drained` is without admission, which a hand or the heat has stopped."""
-WATCHED = UP | {State.reloading}
-"""States in which an engine may be at work on requests, so that its death or stall matters."""
-
-
-# Events are facts.
-@dataclass(frozen=True, slots=True)
-class HostReady:
-    """Devices, folders and files that the engine needs are there. `course` is what was learned on them before."""
-
-    course: Course | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class HostWaits:
-    """Something that the engine needs is not there yet."""
-
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class HostMissing:
-    """It did not come in time, or never will: the exit status says which."""
-
-    status: int
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """Somebody wants what was learned to be forgotten."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineReady:
-    """The engine of this epoch has generated a real token."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLost:
-    """The engine of this epoch has been found dead. Why, and that its remains are gone, follows as EngineFailed."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFailed:
-    """The engine of this epoch did not start, or died. Nothing of it is left."""
-
-    epoch: int
-    failure: Failure
-    built: Effective = UNKNOWN
-
-
-@dataclass(frozen=True, slots=True)
-class StepUpDue:
-    """There was nothing to do for long enough to try one rung up."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileChanged:
-    """The file has been read again, and has passed every check. `number` names this reading.
-
-    `course` is what its plan begins with; None where the engine of the moment is what it asks for.
-    """
-
-    number: int
-    limits: Limits
-    course: Course | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DrainRequested:
-    """Somebody wants no new request to reach the engine, which goes on."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResumeRequested:
-    """Somebody wants requests to reach the engine again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heated:
-    """A GPU is too hot for new requests. `why` is a sentence."""
-
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cooled:
-    """No GPU is too hot any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRetired:
-    """The engine of this epoch was ended in good order, to make room for another. Nothing of it is left."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class PauseOver:
-    """The back-off before this epoch's start has passed."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequested:
-    """Somebody wants the instance to end: SIGTERM or SIGINT. A second one means at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drained:
-    """No request is in flight any more, or the drain's deadline has passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStopped:
-    """Every process of the engine is gone, after a stop."""
-
-
-Event = (
-    HostReady | HostWaits | HostMissing | Forgotten | EngineReady | EngineLost | EngineFailed | StepUpDue
-    | FileChanged | DrainRequested | ResumeRequested | Heated | Cooled | EngineRetired | PauseOver | StopRequested
-    | Drained | EngineStopped
-)  # fmt: skip
-
-
-# Actions are orders.
-@dataclass(frozen=True, slots=True)
-class StartEngine:
-    """Build the engine of this epoch."""
-
-    epoch: int
-    reason: str
-    plan: EnginePlan
-
-
-@dataclass(frozen=True, slots=True)
-class Remember:
-    """Write the course to disk, so that the next process begins with it."""
-
-    course: Course
-
-
-@dataclass(frozen=True, slots=True)
-class RetireEngine:
-    """End the engine, which is well, and report EngineRetired. Requests that it has not answered move to the next."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Report PauseOver(epoch) after this many seconds."""
-
-    epoch: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class OpenGate:
-    """Let requests through to the engine."""
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Tell the service manager that the engine answers."""
-
-
-@dataclass(frozen=True, slots=True)
-class CloseGate:
-    """Stop letting requests through. `refuse` answers 503 at once; else they wait."""
-
-    refuse: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Let requests in flight finish and report Drained, at the latest after the drain time-out."""
-
-
-@dataclass(frozen=True, slots=True)
-class CutRequests:
-    """End every request in flight with an error that says so."""
-
-
-@dataclass(frozen=True, slots=True)
-class StopEngine:
-    """End the engine, up or coming up, and report EngineStopped."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """End the process with this status. `why` is the last word in the log."""
-
-    status: int
-    why: str
-
-
-Action = (
-    StartEngine | Remember | RetireEngine | Pause | OpenGate | Announce | CloseGate | Drain | CutRequests | StopEngine
-    | Exit
-)  # fmt: skip
 Answered = tuple["Situation", tuple[Action, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How often an engine may be started (`restart_limit` times in `restart_window_s`), and how small it may get.
-
-    `jitter`, from 0 to 1, stretches pauses by up to a quarter, so that the instances of a machine do not start in step.
-    """
-
-    restart_limit: int
-    restart_window_s: float
-    choices: Choices
-    jitter: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,19 @@ class Choices:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """How often an engine may be started (`restart_limit` times in `restart_window_s`), and how small it may get.
+
+    `jitter`, from 0 to 1, stretches pauses by up to a quarter, so that the instances of a machine do not start in step.
+    """
+
+    restart_limit: int
+    restart_window_s: float
+    choices: Choices
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Again:
     """Start the same plan again."""
 

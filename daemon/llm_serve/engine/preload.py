@@ -38,7 +38,7 @@ _CUDA = (
     "torch._inductor.fx_passes.fuse_attention",
     "sympy.tensor",
 )
-_FRONT_END = ("llm_serve.front_end", *loading.DAEMON_IMPORTS)
+_FRONT_END = ("llm_serve.front_ends.front_end", *loading.DAEMON_IMPORTS)
 """What front ends share the memory of, where they are forked as well; the first engine waits for it."""
 
 

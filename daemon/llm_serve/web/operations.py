@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 from llm_serve import metrics
-from llm_serve.core.machine import State
+from llm_serve.core.states import State
 from llm_serve.core.status import Reply, Snapshot
 from llm_serve.web.assets import ASSETS, accepts_gzip
 from llm_serve.web.errors import error_response

@@ -16,24 +16,25 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llm_serve import birth, messages, metrics
+from llm_serve import metrics
 from llm_serve.core import tally
 from llm_serve.core.admission import IDLE, Load
 from llm_serve.core.company import Company
 from llm_serve.core.restarts import backoff_s
 from llm_serve.core.status import FrontEndStatus, Snapshot
 from llm_serve.engine import forkserver
+from llm_serve.front_ends import messages, spawn
+from llm_serve.front_ends.birth import Birth
+from llm_serve.front_ends.messages import Order, Pipe
+from llm_serve.front_ends.totals import Totals
+from llm_serve.front_ends.turns import Turns
 from llm_serve.host import processes
 from llm_serve.host.board import Board, Row, Seat
 from llm_serve.host.logs import get_logger
-from llm_serve.messages import Order, Pipe
-from llm_serve.totals import Totals
-from llm_serve.turns import Turns
 from llm_serve.web.asgi import Asgi
 from llm_serve.web.gate import Gate
 
 if TYPE_CHECKING:
-    from llm_serve.birth import Birth
     from llm_serve.engine.attach import Party
     from llm_serve.engine.steps import StepWatch
     from llm_serve.instance import Instance
@@ -244,7 +245,7 @@ class FrontEnds:
                 await asyncio.sleep(_LOOK_EVERY_S)
             arguments = (self._beginning(place), self._listener, theirs, forkserver.Handed(self._board.descriptor))
             async with self._forking:
-                process = await asyncio.to_thread(forkserver.start_process, birth.live, arguments, env())
+                process = await asyncio.to_thread(forkserver.start_process, spawn.live, arguments, env())
         self.spared.add(process.pid)
         return int(process.pid)
 

@@ -1,12 +1,9 @@
-"""How a front end begins: apart from what it then loads, for the daemon's loop to name it without loading that."""
+"""What a front end begins with: handed to the fork that becomes one, and read by it alone."""
 
 from __future__ import annotations
 
-import importlib
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llm_serve.core.settings import Settings
 from llm_serve.core.status import Snapshot
@@ -25,9 +22,3 @@ class Birth:
     now: Snapshot
     is_to_journal: bool
     """True where it may log by itself; else the first process logs for it."""
-
-
-def live(birth: Birth, listener: socket.socket, connection: socket.socket, board: int) -> None:
-    """The whole life of a front end, in a fork of the fork server, which has loaded it."""
-    front_end: Any = importlib.import_module("llm_serve.front_end")
-    front_end.main(birth, listener, connection, board)

@@ -22,17 +22,18 @@ from typing import Any
 import structlog
 from starlette.responses import Response
 
-from llm_serve import door, messages, totals
-from llm_serve.birth import Birth
+from llm_serve import door
 from llm_serve.core import tally
-from llm_serve.engine import attach, factory, forkserver, openai
+from llm_serve.engine import attach, ending, forkserver, openai
 from llm_serve.engine.survivor import Survivor
+from llm_serve.front_ends import messages, totals
+from llm_serve.front_ends.birth import Birth
+from llm_serve.front_ends.messages import Pipe
+from llm_serve.front_ends.turns import Turns
 from llm_serve.host import interpreter, logs
 from llm_serve.host.board import Board, Seat
 from llm_serve.host.logs import get_logger
-from llm_serve.messages import Pipe
 from llm_serve.metrics import continuous
-from llm_serve.turns import Turns
 from llm_serve.web import operations
 from llm_serve.web.errors import error_response
 from llm_serve.web.server import Server
@@ -174,7 +175,7 @@ class FrontEnd:
     # The engine of the moment.
     async def _attach(self, offer: bytes) -> attach.Client:
         """A client that has met its engine, once that has come up so far."""
-        factory.free_dead_engines()
+        ending.free_dead_engines()
         with interpreter.loop_first(is_kept=False):
             client = await asyncio.to_thread(attach.build, offer, self._birth.place, self._birth.places)
         try:
