@@ -32,6 +32,8 @@ def write_png(report: Report, path: Path) -> None:
         axis.grid(alpha=0.3)
         # The tests of one GPU; those of others are a little before or behind.
         _shade(axis, report.on[0].samples if report.on else [], is_named=axis is plots[0])
+    # By themselves the axes would leave out times of which no value is known, with the names of the tests far outside.
+    plots[0].set_xlim(0, max((sample.at_s for on in report.on for sample in on.samples), default=0.0) or 1.0)
     plots[0].legend(loc="lower right")
     plots[-1].set_xlabel("s")
     figure.savefig(path, format="png", dpi=120)
