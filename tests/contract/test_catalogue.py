@@ -28,6 +28,7 @@ from llm_serve.core.plan import EnginePlan
 from llm_serve.engine import arguments
 from llm_serve.engine.catalogue import catalogue, refusal
 from tests.catalogue import CATALOGUE as BY_HAND
+from tests.readme import README, configuration
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
 
@@ -168,6 +169,21 @@ def test_every_shipped_file_passes_check_without_its_gpu_and_model(
 
     assert "is not on this machine: its own limits were not checked" in out
     assert "GPUs" in out.partition("note: ")[2]
+
+
+def test_the_file_that_readme_shows_passes_check(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands there, but for the place of its keys."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    keys, file = tmp_path / "qwen7b.keys", tmp_path / "qwen7b.toml"
+    keys.write_text("a-key-of-many-characters\n")
+    keys.chmod(0o600)
+    file.write_text(configuration(README.read_text()).replace("/etc/llm-serve/qwen7b.keys", str(keys)))
+
+    assert 0 == check(str(file), json_output=False), capsys.readouterr().err
+    assert str(keys) in file.read_text()
 
 
 def _values(action: argparse.Action) -> st.SearchStrategy[list[str]] | None:

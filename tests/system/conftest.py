@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
 from tests.figures import ROWS, Watch, report, watch_of
 from tests.system.machine import Machine, machine
+from tests.system.packaged import NEW, OLD, build
 
 PROJECT = Path(__file__).parents[2]
 UNIT = "llm-serve@demo"
@@ -32,6 +34,38 @@ def box() -> Iterator[Machine]:
         built.run("systemd-sysusers")
         built.run("systemd-tmpfiles", "--create", "/usr/lib/tmpfiles.d/llm-serve.conf")
         built.run("chown", "-R", "llm-serve:llm-serve", "/var/cache/llm-serve")
+        yield built
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tree, packaged under two versions."""
+    if not shutil.which("dh"):
+        pytest.skip("building the package needs debhelper")
+    folder = tmp_path_factory.mktemp("packages")
+    return {version: build(folder, version) for version in (OLD, NEW)}
+
+
+@pytest.fixture(scope="session")
+def bare(packages: dict[str, Path]) -> Iterator[Machine]:
+    """A booted machine that has never seen the package; both versions of it lie in /srv."""
+    if os.geteuid() != 0 or not shutil.which("systemd-nspawn"):
+        pytest.skip("booting a systemd needs root and systemd-nspawn (Debian: systemd-container)")
+    minor = subprocess.run(
+        ["/usr/bin/python3", "-c", "import sys; print(*sys.version_info[:2])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if minor.stdout.split() != [str(each) for each in sys.version_info[:2]]:
+        pytest.skip("the system's Python is another than the one that runs the tests: its packages cannot be lent")
+    with machine() as built:
+        for package in packages.values():
+            shutil.copy(package, built.root / "srv")
+        # In a container image it forbids packages to start and stop services.
+        (built.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)
+        open_the_checkout(built)
+        built.boot()
         yield built
 
 

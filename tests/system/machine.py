@@ -124,10 +124,12 @@ class Machine:
                 return process.pid
         raise LookupError(f"the machine has no process {pid}")
 
-    def popen(self, *command: str) -> subprocess.Popen[str]:
-        """Start a program of this host in the machine's network."""
-        where = ["nsenter", "-t", str(self._leader), "-n"]
-        started = subprocess.Popen([*where, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def popen(self, *command: str, inside: bool = False) -> subprocess.Popen[str]:
+        """Start a program of this host in the machine's network, or one of the machine, with a process group of its own."""
+        where = ["nsenter", "-t", str(self._leader), "-a" if inside else "-n"]
+        started = subprocess.Popen(
+            [*where, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=inside
+        )
         self._programs.append(started)
         return started
 

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +20,12 @@ from typing import Any
 import pytest
 
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
-from tests.system.conftest import MODELS, PROJECT, UNIT, open_the_checkout
+from tests.system.conftest import MODELS, PROJECT, UNIT
 from tests.system.machine import Machine, machine
-from tests.unit.test_install import install
+from tests.system.packaged import NEW, OLD, build, lend_packages, venv_of
 
 pytestmark = [pytest.mark.system, pytest.mark.vllm, pytest.mark.timeout(300)]
 
-OLD, NEW = "0.8.0", "0.8.1"
 _START_LIMIT_S = 240
 _FROM_ZERO = os.environ.get("LLM_SERVE_FROM_ZERO", "")
 _SHARED = (
@@ -36,23 +34,6 @@ _SHARED = (
     "var/lib/systemd", "var/log", "var/tmp",
 )  # fmt: skip
 """Where dpkg, apt and systemd write for any package; what has our name is looked for there all the same."""
-
-
-def build(folder: Path, version: str) -> Path:
-    """The package of this tree as `make deb` builds it, under another version."""
-    words = [str(PROJECT / "packaging/deb"), "--python", sys.executable, "--version", version, "--out", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=100)
-    assert 0 == done.returncode, done.stdout + done.stderr
-    return folder / f"llm-serve_{version}_all.deb"
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One tree, packaged under two versions."""
-    if not shutil.which("dh"):
-        pytest.skip("building the package needs debhelper")
-    folder = tmp_path_factory.mktemp("packages")
-    return {version: build(folder, version) for version in (OLD, NEW)}
 
 
 def test_one_tree_gives_one_package(packages: dict[str, Path], tmp_path: Path) -> None:
@@ -99,47 +80,9 @@ def test_lintian_has_nothing_to_say(packages: dict[str, Path]) -> None:
 # ---- a life ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bare(packages: dict[str, Path]) -> Iterator[Machine]:
-    """A booted machine that has never seen the package; both versions of it lie in /srv."""
-    if os.geteuid() != 0 or not shutil.which("systemd-nspawn"):
-        pytest.skip("booting a systemd needs root and systemd-nspawn (Debian: systemd-container)")
-    minor = subprocess.run(
-        ["/usr/bin/python3", "-c", "import sys; print(*sys.version_info[:2])"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    if minor.stdout.split() != [str(each) for each in sys.version_info[:2]]:
-        pytest.skip("the system's Python is another than the one that runs the tests: its packages cannot be lent")
-    with machine() as built:
-        for package in packages.values():
-            shutil.copy(package, built.root / "srv")
-        # In a container image it forbids packages to start and stop services.
-        (built.root / "usr/sbin/policy-rc.d").unlink(missing_ok=True)
-        open_the_checkout(built)
-        built.boot()
-        yield built
-
-
 def apt(box: Machine, *words: str) -> str:
     options = ("-y", "-q", "--no-install-recommends")
     return box.run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", *options, *words, timeout=100).stdout
-
-
-def lend_packages(box: Machine, version: str) -> None:
-    """An environment as `setup` leaves it that was cut off before its last step.
-
-    Fetching and unpacking 3 GB is what the test below does when asked to; here the checkout's own are lent to it.
-    """
-    venv = Path("/opt/llm-serve/venvs") / version
-    box.run("/usr/bin/python3", "-m", "venv", "--without-pip", str(venv))
-    inside = "lib/python{}.{}/site-packages/lent.pth".format(*sys.version_info)
-    box.write(str(venv / inside), sysconfig.get_path("purelib") + "\n")
-    environment = install.Environment(venv, "cpu", "cpu")
-    done = {name: key for name, key, _ in environment.steps(dev=False) if name != "llm-serve"}
-    stamp = {"asked": "cpu", "backend": "cpu", "python": [*sys.version_info[:2]], "revision": install.REVISION}
-    box.write(str(venv / install.STAMP), json.dumps(stamp | {"done": done}))
 
 
 def ask(box: Machine) -> str:
@@ -177,7 +120,7 @@ def test_whole_life_of_the_package(bare: Machine, tmp_path: Path) -> None:
     assert "root:llm-serve 750" == bare.run("stat", "-c", "%U:%G %a", "/etc/llm-serve").stdout.strip()
 
     # Set up: what was cut off is gone on with, tried, and current.
-    lend_packages(bare, OLD)
+    lend_packages(bare, venv_of(OLD))
     said = bare.run("llm-serve", "setup", "--backend", "cpu").stdout
     assert "[1/1] llm-serve: done" in said, said
     assert "up to date" not in said
@@ -193,7 +136,7 @@ def test_whole_life_of_the_package(bare: Machine, tmp_path: Path) -> None:
     stop, first = tmp_path / "stop", bare.show(UNIT, "MainPID")
     loop = bare.popen(sys.executable, str(Path(__file__).parent / "connect_loop.py"), "127.0.0.1", "8000", str(stop))
     apt(bare, "install", f"/srv/llm-serve_{NEW}_all.deb")
-    lend_packages(bare, NEW)
+    lend_packages(bare, venv_of(NEW))
     said = bare.run("llm-serve", "setup").stdout
     assert f"Running instances go on in {OLD}" in said
     assert (first, {OLD}) == (bare.show(UNIT, "MainPID"), environment_of(bare))
