@@ -117,8 +117,8 @@ def unnoticed(daemon: Daemon, what: str) -> Iterator[None]:
 
 # ---- paths and keys ---------------------------------------------------------------------------------
 
-OPEN = {(method, path) for method in ("GET", "HEAD") for path in ("/livez", "/readyz", *ASSETS)}
-WITH_KEY = OPEN | {(method, path) for method in ("GET", "HEAD") for path in ("/health", "/status", "/metrics")}
+OPEN = {(method, path) for method in ("GET", "HEAD") for path in ("/livez", "/readyz", "/health", *ASSETS)}
+WITH_KEY = OPEN | {(method, path) for method in ("GET", "HEAD") for path in ("/status", "/metrics")}
 WITH_KEY |= openai_routes.allowed(anthropic_messages=True)
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "FOO")
 SEEDS = (

@@ -57,6 +57,7 @@ def test_package_holds_what_it_should_and_no_environment(packages: dict[str, Pat
         f"/usr/share/llm-serve/llm_serve-{OLD}-py3-none-any.whl",
         "/usr/share/llm-serve/locks/cpu.txt",
         "/usr/share/llm-serve/locks/cuda.txt",
+        "/usr/share/llm-serve/locks/router.txt",
         "/usr/share/llm-serve/setup",
     }
     for folder in ("packaging/prometheus", "packaging/grafana"):

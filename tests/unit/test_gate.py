@@ -233,7 +233,7 @@ async def test_without_keys_everybody_may_come_in() -> None:
     [
         ("/livez", False, 200),
         ("/readyz", False, 503),
-        ("/health", False, 401),
+        ("/health", False, 503),
         ("/status", False, 401),
         ("/metrics", False, 401),
         ("/metrics", True, 200),

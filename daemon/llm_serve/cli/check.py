@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llm_serve.core import spread
 from llm_serve.core.budgets import budgets
 from llm_serve.core.errors import ConfigError, HostError, Problem
 from llm_serve.core.instance_file import check_exposure
@@ -74,7 +75,7 @@ def examine(target: str) -> Verdict:
     settings, text = read_instance(target)
     problems: list[Problem] = []
     verdict = Verdict(settings, EnginePlan.from_settings(settings))
-    verdict.notes += _gpus_out_of_sight(settings)
+    verdict.notes += [*_gpus_out_of_sight(settings), *spread.notes(settings)]
     for step in (_examine_keys, examine_engine):
         try:
             step(verdict, text)

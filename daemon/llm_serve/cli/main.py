@@ -268,6 +268,19 @@ def bench(  # noqa: PLR0913 - as many as it has options
     )  # fmt: skip
 
 
+@app.command(epilog="Example: llm-serve router --check")
+def router(
+    file: Annotated[Path, typer.Argument(help="The router's file.")] = Path("/etc/llm-serve/router.toml"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Judge the file, and print the command line of vllm-router instead.")
+    ] = False,
+) -> None:
+    """Serve several instances of one model at one address, with vllm-router, as its unit does."""
+    from llm_serve.cli.router import router as command
+
+    raise typer.Exit(command(file, check=check))
+
+
 @app.command(epilog="Example: llm-serve reset qwen7b")
 def reset(target: Target, json_output: Json = False) -> None:
     """Forget what recovery learned about an instance: smaller plans, fallbacks and the last failures."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from llm_serve.core import environment
+from llm_serve.core import environment, spread
 from llm_serve.core.budgets import over_budget
 from llm_serve.core.errors import ConfigError, Problem
 from llm_serve.core.settings import (
@@ -29,7 +29,7 @@ from llm_serve.core.settings import (
 )
 from llm_serve.core.toml_lines import Path, duplicates, join, locate, locate_within, normalised
 
-__all__ = ["check_exposure", "locate", "nearest", "parse_instance"]
+__all__ = ["check_exposure", "in_words", "load_toml", "locate", "nearest", "parse_instance"]
 
 TABLES: Mapping[str, type[BaseModel]] = {
     "server": ServerSettings,
@@ -47,12 +47,12 @@ _PLACE_IN_MESSAGE = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of docume
 
 def parse_instance(text: str, *, source: str, name: str) -> Settings:
     """Return the settings that `text` means, or raise ConfigError with all that is wrong with it."""
-    raw = _load(text, source)
+    raw = load_toml(text, source)
     reader = _Reader(text, source)
     tables = reader.normalised_tables(raw)
     env = reader.environment(tables.get("engine"), _allowed_env(tables.get("server")))
     settings = reader.validated(tables, env, name)
-    for path, message, hint in over_budget(settings):
+    for path, message, hint in (*over_budget(settings), *spread.problems(settings)):
         reader.refuse(path, message, hint)
     if reader.problems:
         raise ConfigError(sorted(reader.problems, key=lambda problem: (problem.line or 0, problem.path)))
@@ -87,7 +87,8 @@ def nearest(key: str, known: Mapping[str, object] | tuple[str, ...] | frozenset[
     return by_word[matches[0]] if matches else None
 
 
-def _load(text: str, source: str) -> dict[str, Any]:
+def load_toml(text: str, source: str) -> dict[str, Any]:
+    """Return the tables of `text`, or raise ConfigError with the line on which it ceases to be TOML."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -153,7 +154,7 @@ class _Reader:
         try:
             settings = Settings(**known, engine_env=env, name=name, source=self._source)
         except ValidationError as error:
-            for path, message in _in_words(error):
+            for path, message in in_words(error):
                 self.refuse(path, message)
             sound = _without(known, error)
             settings = Settings(**sound, engine_env=env, name=name, source=self._source)
@@ -259,8 +260,8 @@ _WORDS = {
 }
 
 
-def _in_words(error: ValidationError) -> Iterator[tuple[str, str]]:
-    """Yield (path, message) for each thing pydantic refused; unknown keys were reported before."""
+def in_words(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """Yield (path, message) for each thing pydantic refused, but for unknown keys: their nearest is the caller's."""
     for item in error.errors(include_url=False):
         kind, path = item["type"], join(item["loc"])
         if kind == "extra_forbidden":

@@ -79,7 +79,7 @@ def _parse_host(host: str, port: str) -> str:
     return host
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
     """TOML has arrays, frozen settings have tuples."""
     return tuple(value) if isinstance(value, list) else value
 
@@ -93,13 +93,13 @@ Seconds = Annotated[float, Field(gt=0, le=30 * DAY_S, allow_inf_nan=False)]
 SecondsOrOff = Annotated[float, Field(ge=0, le=30 * DAY_S, allow_inf_nan=False)]
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
     """One table of the file: nothing unknown, nothing converted behind one's back, nothing changed later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-class ServerSettings(_Table):
+class ServerSettings(Table):
     """`[server]`: who may connect, and how long they wait."""
 
     listen: str = "127.0.0.1:8000"
@@ -122,9 +122,9 @@ class ServerSettings(_Table):
     """How long a stop waits for requests in flight."""
     open_metrics: bool = False
     """Serve /metrics without a key, for a scraper that has none."""
-    hosts: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    hosts: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Names that clients may call it by (the Host header), beside loopback's; none: any, where there are keys."""
-    allow_env: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    allow_env: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Variables that are refused otherwise, because they open the engine to clients or load foreign code into it."""
     anthropic_messages: bool = False
     """Serve Anthropic's /v1/messages beside the OpenAI routes."""
@@ -150,7 +150,7 @@ class ServerSettings(_Table):
         return parse_listen(self.listen)
 
 
-class LimitSettings(_Table):
+class LimitSettings(Table):
     """`[limits]`: what one request may ask for. What is refused gets a 400 or 413 that names the option."""
 
     max_choices: int = Field(default=8, ge=1, le=16_384)
@@ -175,13 +175,13 @@ class LimitSettings(_Table):
     """Deepest nesting of arrays and objects in a body."""
     max_values: int = Field(default=1_000_000, ge=1000)
     """Most values in a body; commas and brackets in texts count as well."""
-    allow: Annotated[tuple[Opened, ...], BeforeValidator(_as_tuple)] = ()
+    allow: Annotated[tuple[Opened, ...], BeforeValidator(as_tuple)] = ()
     """Fields that are refused otherwise, because one request could kill or block the engine with them."""
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
     """What becomes of fields that vLLM does not know; it ignores them itself."""
 
 
-class RecoverySettings(_Table):
+class RecoverySettings(Table):
     """`[recovery]`: how far and how often llm-serve helps itself."""
 
     floor_max_model_len: int = Field(default=2048, ge=1)
@@ -198,13 +198,13 @@ class RecoverySettings(_Table):
     """The window of restart_limit."""
     step_up_after_s: SecondsOrOff = 0
     """Time on a smaller plan after which a larger one is tried again; 0: only after `reset`."""
-    attention_backends: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(_as_tuple)] = "auto"
+    attention_backends: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(as_tuple)] = "auto"
     """"auto", or the backends to fall back through, in order."""
 
     @field_validator("attention_backends", mode="before")
     @classmethod
     def _auto_or_names(cls, value: Any) -> Any:
-        names = _as_tuple(value)
+        names = as_tuple(value)
         if names == "auto":
             return names
         if not isinstance(names, tuple) or not names or not all(isinstance(n, str) and n for n in names):
@@ -214,7 +214,7 @@ class RecoverySettings(_Table):
         return names
 
 
-class GpuSettings(_Table):
+class GpuSettings(Table):
     """`[gpu]`: which devices, and how hot they may get."""
 
     devices: tuple[Device, ...] | None = None
@@ -237,14 +237,14 @@ class GpuSettings(_Table):
         return devices
 
 
-class NetworkSettings(_Table):
+class NetworkSettings(Table):
     """`[network]`: what may be reached from here."""
 
     engine: Literal["auto", "closed", "open"] = "auto"
     """closed: an engine's processes reach this machine's loopback only; auto: open where hosts or downloads need it."""
 
 
-class LogSettings(_Table):
+class LogSettings(Table):
     """`[log]`: how much is logged, and in which form. Prompts and answers never are."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -257,7 +257,7 @@ TABLES = ("server", "limits", "recovery", "gpu", "network", "log")
 """The tables whose options are ours, in the file's order."""
 
 
-class Settings(_Table):
+class Settings(Table):
     """One instance: what its file says, with every default filled in."""
 
     name: str

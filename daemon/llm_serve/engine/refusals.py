@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,7 +130,11 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
     (r"unknown attention backend", "engine.attention_backend", "Leave it out to let vLLM choose"),
     (r"reasoning parser .* not found", "engine.reasoning_parser", "Choose one of those named"),
     (r"unknown quantization|config file for", "engine.quantization", "Leave it out: the model's own is used"),
-    (r"failed to import ray", "engine.distributed_executor_backend", "Install ray beside vLLM"),
+    (
+        r"failed to import ray",
+        "engine.distributed_executor_backend",
+        f"Install it on every host, in the version of the cluster; here: {sys.prefix}/bin/pip install ray",
+    ),
     (r"load format .* is not", "engine.load_format", "Leave it out to let vLLM choose"),
     (r"chat template string", "engine.chat_template", "Give a file that exists, or the template itself"),
 )

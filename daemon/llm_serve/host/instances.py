@@ -24,11 +24,15 @@ MIN_KEY_CHARACTERS = 8
 def read_instance(target: str, directory: Path = CONFIG_DIRECTORY) -> tuple[Settings, str]:
     """Return the settings of NAME|FILE and the text they were read from, or raise ConfigError."""
     path = instance_path(target, directory)
-    text = _read_text(path, directory)
+    text = read_text(path, directory)
     return parse_instance(text, source=str(path), name=path.stem), text
 
 
-def _read_text(path: Path, directory: Path) -> str:
+def read_text(path: Path, directory: Path = CONFIG_DIRECTORY) -> str:
+    """Return the text of a file of settings, or raise ConfigError with why it cannot be read, and who could.
+
+    `directory` is where an instance of a similar name may be.
+    """
     try:
         return path.read_bytes().decode()
     except FileNotFoundError as error:

@@ -30,7 +30,7 @@ from llm_serve.web.keys import Keys
 from llm_serve.web.limits import Limits, not_allowed, too_large
 from llm_serve.web.sse import STREAMED, Ticker
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", *ASSETS})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", *ASSETS})
 OPERATIONS = frozenset({"/livez", "/readyz", "/health", "/status", "/metrics", *ASSETS})
 BESIDE_THE_ENGINE = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})
 """What vLLM's handlers answer by themselves; so they do cancelling, below."""
