@@ -161,6 +161,9 @@ def test_a_stop_and_its_end_are_as_any_program_s(
         eventually(shell.read, lambda seen: seen.count("Stopped") == 2, within_s=10, what="the shell again")
         eventually(shell.read, lambda seen: seen.endswith("$ "), within_s=10, what="a prompt")
         (stopped,) = psutil.Process(shell.process.pid).children()
+        stopped.send_signal(signal.SIGCONT)
+        time.sleep(0.5)  # for what it may do wrong: touch the terminal, and be stopped for that
+        assert psutil.STATUS_STOPPED != stopped.status()
         shell.type("kill %1\n")
         eventually(stopped.is_running, lambda runs: not runs, within_s=10, what="its end")
         shell.type("true\n")

@@ -87,7 +87,9 @@ class Screen:
         return columns or 80, lines or 24
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Replace what is shown; the first line stands out."""
+        """Replace what is shown; the first line stands out. In the background nothing is."""
+        if not self._is_entered:
+            return
         # What was there is erased first: behind a full line, the cursor stands on its last character.
         rows = [f"\x1b[{place};1H\x1b[K{_bold(line) if place == 1 else line}" for place, line in enumerate(lines, 1)]
         with contextlib.suppress(OSError):  # a terminal that has gone: its signal is on the way
@@ -118,8 +120,10 @@ class Screen:
             number = self._noted.pop(0)
             if number == signal.SIGTSTP:
                 self._stop()
-            elif number == signal.SIGCONT:
-                self._enter()  # after a stop that nobody can hear, the shell has set the terminal its own way
+            elif number == signal.SIGCONT and self._is_in_foreground():
+                # After a stop that nobody can hear, the shell has set the terminal its own way. In the background it is
+                # the shell's: whoever changes it there is stopped again, and would not hear the signal that ends it.
+                self._enter()
 
     def _stop(self) -> None:
         """Be stopped as any program is, with the terminal as it was, and go on as after any stop."""
