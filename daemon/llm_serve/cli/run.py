@@ -159,7 +159,8 @@ async def _serve(start: Start, runtime: Path, sockets: tuple[socket.socket, sock
     supervisor.on_change = adopt
     _take_orders(supervisor, start.manager, inside)
     entrance = door.entrance(gate, start.settings)
-    servers = [Server(entrance, listener, door.timeouts(start.settings.server), seat), Server(inside, control)]
+    asked = start.settings.server
+    servers = [Server(entrance, listener, door.timeouts(asked), seat, door.places(asked)), Server(inside, control)]
     for server in servers:
         await server.start()
     keeping = asyncio.create_task(chronicle.keep())
