@@ -69,6 +69,11 @@ def _schema(bomb: Any) -> tuple[str, dict[str, Any]]:
 
 
 REQUESTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "texts": [
+        ("/tokenize", {"model": MODEL_NAME, "prompt": _text(8 << 20)}),
+        ("/v1/completions", PLAIN | {"prompt": [_text(30_000)] * 1000}),
+        ("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": _text(2 << 20)}]}),
+    ],
     "parameters": list(HOSTILE.values()),
     "huge n": [
         ("/v1/completions", PLAIN | {"n": 16_384}),
@@ -92,11 +97,6 @@ REQUESTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "addresses": [
         ("/v1/chat/completions", _asking({"type": "image_url", "image_url": {"url": url}}))
         for url in ("http://127.0.0.1:9/a.png", "http://10.255.255.1/a.png", "file:///etc/passwd")
-    ],
-    "texts": [
-        ("/tokenize", {"model": MODEL_NAME, "prompt": _text(8 << 20)}),
-        ("/v1/completions", PLAIN | {"prompt": [_text(30_000)] * 1000}),
-        ("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": _text(2 << 20)}]}),
     ],
     "logprobs": [
         ("/v1/completions", PLAIN | {"prompt": _text(8000), "prompt_logprobs": -1}),

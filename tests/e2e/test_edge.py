@@ -514,7 +514,8 @@ def test_half_requests_take_nobodys_place(guarded: Daemon) -> None:
 
 def test_one_address_leaves_connections_to_others(guarded: Daemon) -> None:
     """It is told so when it has four fifths of them; another one is served, and so is the first when it lets go."""
-    opened, told = [], b""
+    opened: list[socket.socket] = []
+    told = b""
     while not told:
         assert len(opened) < MOST_CONNECTIONS
         connection = socket.create_connection(("127.0.0.1", guarded.port), timeout=30, source_address=("127.0.0.2", 0))
