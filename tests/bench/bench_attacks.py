@@ -180,14 +180,14 @@ async def _gather(work: Iterator[Awaitable[None]]) -> None:
 
 
 async def attack(name: str, port: int, seconds: float) -> None:
-    """Attack for so long, and print what was answered."""
+    """Attack for so long, print what was answered, and end this process with whatever still goes on in it."""
     seen: Counter[int] = Counter()
     work = CONNECTIONS.get(name) or (
         lambda port, seen: _gather(_ask_for_ever(port, REQUESTS[name], seen) for _ in "12")
     )
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(work(port, seen), seconds)
-    print(json.dumps(seen))
+    await asyncio.wait({asyncio.ensure_future(work(port, seen))}, timeout=seconds)
+    print(json.dumps(seen), flush=True)
+    os._exit(0)
 
 
 async def refuse_everything(port: int) -> None:
