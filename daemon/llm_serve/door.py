@@ -12,7 +12,7 @@ from llm_serve.core.company import ALONE, Company
 from llm_serve.core.edge import Edge
 from llm_serve.core.hosts import Hosts
 from llm_serve.core.settings import ServerSettings, Settings
-from llm_serve.engine import openai_routes
+from llm_serve.engine import long_texts, openai_routes
 from llm_serve.engine.openai_routes import Route
 from llm_serve.web import origins
 from llm_serve.web.asgi import Asgi
@@ -20,6 +20,7 @@ from llm_serve.web.deadlines import Timeouts
 from llm_serve.web.gate import Gate
 from llm_serve.web.keys import Keys
 from llm_serve.web.limits import Limits
+from llm_serve.web.places import Places
 
 
 def make_gate(settings: Settings, keys: tuple[str, ...], operations: Asgi, company: Company = ALONE) -> Gate:
@@ -48,7 +49,12 @@ def reconfigure(gate: Gate, settings: Settings, keys: tuple[str, ...]) -> None:
 
 def timeouts(server: ServerSettings) -> Timeouts:
     """How long clients may take."""
-    return Timeouts(server.header_timeout_s, server.body_timeout_s)
+    return Timeouts(server.header_timeout_s, server.body_timeout_s, server.write_timeout_s)
+
+
+def places(server: ServerSettings) -> Places:
+    """How many connections each front end may have."""
+    return Places.of(server.max_connections, server.max_connections_per_client, server.front_ends)
 
 
 def routes(settings: Settings) -> frozenset[Route]:
@@ -77,10 +83,12 @@ def _hosts(settings: Settings, keys: tuple[str, ...]) -> Hosts:
 
 def _limits(settings: Settings) -> Limits:
     server = settings.server
+    long_texts.limit_to(settings.limits.max_prompt_chars)
     return Limits(
         max_queued=server.max_queued,
         hold_timeout_s=server.hold_timeout_s,
         max_body_bytes=server.max_body_bytes,
         stream_keep_alive_s=server.stream_keep_alive_s,
+        request_timeout_s=server.request_timeout_s,
         edge=Edge.of(settings.limits, settings.engine),
     )

@@ -55,11 +55,14 @@ for _reason in REFUSALS:
     refusals.labels(_reason)
 slow_clients = Counter(
     "llm_serve_slow_clients",
-    "Connections ended because a part of the request took too long, or was too long.",
+    "Connections ended because a part of the request or of its answer took too long, or was too long.",
     ["part"],
 )
-for _part in ("headers", "body"):
+for _part in ("headers", "body", "answer"):
     slow_clients.labels(_part)
+connections_refused = Counter(
+    "llm_serve_connections_refused", "Connections closed at once because there were too many, in all or of one address."
+)
 
 
 class SnapshotCollector:

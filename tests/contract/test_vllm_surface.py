@@ -42,6 +42,7 @@ from llm_serve.engine import (
     attach,
     factory,
     forkserver,
+    long_texts,
     media_cache,
     openai,
     openai_routes,
@@ -538,6 +539,85 @@ def test_copies_of_a_tokenizer_are_made_meanwhile(monkeypatch: pytest.MonkeyPatc
     assert 2 == len(made)
     assert pool is renderer.maybe_make_thread_pool(pool, 2)
     assert 2 == len(made)
+
+
+class Slow:
+    """A tokenizer that takes its time, and counts what it reads and where."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        """Read one text. A long one ends only when it is allowed to."""
+        self.read.append(threading.current_thread().name)
+        self.has_begun.set()
+        if len(text) > 1000:
+            assert self.may_go_on.wait(30)
+        return {"input_ids": [1] * min(len(text), options["max_length"])}  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def renderer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's renderer, as far as it has texts read, with a model of 100 tokens."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from vllm.renderers import base
+    from vllm.tokenizers import hf
+    from vllm.utils.async_utils import make_async
+
+    for name in ("tokenize_prompts", "tokenize_prompts_async"):
+        monkeypatch.setattr(base.BaseRenderer, name, getattr(base.BaseRenderer, name))
+    monkeypatch.setattr(base.BaseRenderer, "reads_long_texts_aside", True, raising=False)
+    monkeypatch.delattr(base.BaseRenderer, "reads_long_texts_aside")
+    long_texts.install()
+    monkeypatch.setattr(base.BaseRenderer, "__abstractmethods__", frozenset())
+    made: Any = object.__new__(base.BaseRenderer)
+    made.tokenizer = type("Pool", (Slow, hf.ThreadSafeHFTokenizerMixin), {"max_chars_per_token": 10**6})()
+    made.model_config = SimpleNamespace(max_model_len=100)
+    executor = ThreadPoolExecutor(1, "vllm")
+    made._tokenize_prompt_async = make_async(made._tokenize_prompt, executor=executor)
+    yield made
+    made.tokenizer.may_go_on.set()
+    executor.shutdown()
+
+
+async def test_a_long_text_keeps_no_short_one_waiting(renderer: Any) -> None:
+    """It is read by a thread of its own; and of a request that is refused, nothing more is read."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.params import TokenizeParams
+
+    params = TokenizeParams(max_total_tokens=100)
+    many = [{"prompt": "x" * 2000} for _ in range(100)]
+    reading = asyncio.create_task(renderer.tokenize_prompts_async(many, params))
+    await asyncio.to_thread(renderer.tokenizer.has_begun.wait, 30)
+
+    short = await asyncio.wait_for(renderer.tokenize_prompts_async([{"prompt": "x" * 50}], params), 30)
+    assert 50 == len(short[0]["prompt_token_ids"])
+    renderer.tokenizer.may_go_on.set()
+    with pytest.raises(VLLMValidationError, match="maximum context length is 100 tokens"):
+        await reading
+    assert ["long-texts_0", "vllm_0"] == renderer.tokenizer.read
+
+
+async def test_a_text_that_is_far_too_long_is_not_read(renderer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where vLLM asks for no limit, as to count tokens; the option is named."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.params import TokenizeParams
+
+    unlimited = TokenizeParams(max_total_tokens=None)
+    too_long = {"prompt": "x" * (long_texts._LEAST_CHARS + 1)}
+    with pytest.raises(VLLMValidationError, match=r"limits\.max_prompt_chars"):
+        await renderer.tokenize_prompts_async([{"prompt": "x"}, too_long], unlimited)
+    with pytest.raises(VLLMValidationError, match=r"limits\.max_prompt_chars"):
+        renderer.tokenize_prompts([{"encoder_prompt": too_long, "decoder_prompt": None}], unlimited)
+
+    monkeypatch.setattr(long_texts, "_limit", 10)
+    with pytest.raises(VLLMValidationError, match="at most 10 are allowed"):
+        await renderer.tokenize_prompts_async([{"prompt": "x" * 11}], unlimited)
+    assert [] == renderer.tokenizer.read
+    given = [{"prompt": "x" * 11, "prompt_token_ids": [1]}]
+    assert [[1]] == [each["prompt_token_ids"] for each in await renderer.tokenize_prompts_async(given, unlimited)]
 
 
 @pytest.mark.parametrize(("kind", "keeps_data"), [("lru", True), ("shm", False), (None, True)])

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import uvicorn
@@ -15,9 +16,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from llm_serve.web.asgi import Receive, Scope, Send
 from llm_serve.web.deadlines import MAX_HEAD_BYTES, BoundedHead, Timeouts
+from llm_serve.web.places import UNLIMITED, Places
 from llm_serve.web.server import Server
 
-TIMEOUTS = Timeouts(header_timeout_s=0.6, body_timeout_s=0.8)
+TIMEOUTS = Timeouts(header_timeout_s=0.6, body_timeout_s=0.8, write_timeout_s=1.0)
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n"
 WITHIN_S = 10.0
 
@@ -45,11 +47,14 @@ class Application:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Application, protocol: type = BoundedHead) -> AsyncIterator[tuple[Server, int]]:
+async def serving(
+    app: Callable[[Scope, Receive, Send], Awaitable[None]], protocol: type = BoundedHead, places: Places = UNLIMITED
+) -> AsyncIterator[tuple[Server, int]]:
     """The server, and its port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(app, listener, TIMEOUTS)
-        server.config.http = protocol
+        server = Server(app, listener, TIMEOUTS, places=places)
+        if protocol is not BoundedHead:
+            server.config.http = protocol
         await server.start()
         try:
             yield server, listener.getsockname()[1]
@@ -222,6 +227,94 @@ async def test_many_half_open_connections_do_not_pile_up() -> None:
         await until(lambda: not server.server_state.connections)
         for _, writer in opened:
             writer.close()
+
+
+class Long:
+    """Answers with 32 MiB, more than the kernel keeps for a client."""
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces, self.is_over = pieces, asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for left in range(self.pieces)[::-1]:
+            body = b"x" * ((32 << 20) // self.pieces)
+            await send({"type": "http.response.body", "body": body, "more_body": bool(left)})
+        self.is_over.set()
+
+
+async def _ask_and_not_read(port: int) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+    client.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(client, ("127.0.0.1", port))
+    await loop.sock_sendall(client, HEAD + b"content-length: 0\r\n\r\n")
+    return client
+
+
+@pytest.mark.parametrize("pieces", [1, 64])
+@BOTH
+async def test_an_answer_that_nobody_takes_is_dropped(protocol: type, pieces: int) -> None:
+    """Whether the application is done with it or waits for room; and with it goes its connection."""
+    app = Long(pieces)
+    async with serving(app, protocol) as (server, port):
+        with await _ask_and_not_read(port):
+            await until(lambda: server.server_state.connections)
+            await until(lambda: not server.server_state.connections)
+            await asyncio.wait_for(app.is_over.wait(), WITHIN_S)
+
+
+async def test_an_answer_that_is_taken_slowly_is_not_dropped() -> None:
+    """A reader that takes twice as long as the limit for all of it, but never as long for some of it."""
+    async with serving(Long(1)) as (_, port):
+        with await _ask_and_not_read(port) as client:
+            loop, taken, began = asyncio.get_running_loop(), 0, time.monotonic()
+            while piece := await asyncio.wait_for(loop.sock_recv(client, 1 << 20), WITHIN_S):
+                taken += len(piece)
+                if taken > 32 << 20:
+                    break
+                if time.monotonic() - began < 2 * TIMEOUTS.write_timeout_s:
+                    await asyncio.sleep(0.01)
+
+    assert 32 << 20 < taken
+    assert time.monotonic() - began > 2 * TIMEOUTS.write_timeout_s
+
+
+async def test_too_many_connections_are_told_so() -> None:
+    """503 with the option, at once; those that are there are served, and one that goes makes room."""
+    head = HEAD + b"content-length: 0\r\n\r\n"
+    async with serving(Application(), places=Places(100, 3)) as (server, port):
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        await until(lambda: 3 == len(server.server_state.connections))
+
+        told = await talk(port)
+        assert told.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 5" in told
+        assert "server.max_connections_per_client" in json.loads(told.partition(b"\r\n\r\n")[2])["error"]["message"]
+        opened[0][1].write(head)
+        assert b"HTTP/1.1 200 OK\r\n" == await asyncio.wait_for(opened[0][0].readline(), WITHIN_S)
+
+        opened[1][1].close()
+        await until(lambda: 2 == len(server.server_state.connections))
+        assert b"200 OK" in await talk(port, HEAD + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+        for _, writer in opened:
+            writer.close()
+
+
+async def test_an_upgrade_leaves_nothing_behind() -> None:
+    """Who asks for a WebSocket gets an ordinary answer, and his place is free again afterwards."""
+    upgrade = (
+        b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: eA==\r\n\r\n"
+    )
+    async with serving(Application(), places=Places(100, 2)) as (server, port):
+        for _ in range(4):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n" + upgrade)
+            assert b"HTTP/1.1 200 OK\r\n" == await asyncio.wait_for(reader.readline(), WITHIN_S)
+            writer.close()
+            await until(lambda: not server.server_state.connections)
 
 
 async def test_the_kernel_is_asked_to_notice_dead_peers() -> None:

@@ -936,6 +936,42 @@ async def test_a_stream_that_has_begun_ends_with_the_refusal(end: str) -> None:
     assert before + 2 == counted("rejected")
 
 
+@pytest.mark.parametrize("how", ["nothing", "stream", "middle of an event", "waits"])
+async def test_a_request_has_an_end(how: str) -> None:
+    """504 or an error event, as far as one can still be sent; the place inside is free, and the model hears of it."""
+    door, was_told = gate(request_timeout_s=0.2, hold_timeout_s=30, max_queued=2), []
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        if how != "nothing":
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+            )
+            event = b"data: 1\n\n" if how == "stream" else b"data: "
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            was_told.append(how)
+            raise
+
+    if how != "waits":
+        door.open(endless, 1)
+    call = await asyncio.wait_for(Call(pieces=(STREAM,)).ask(door), 30)
+
+    if how in ("nothing", "waits"):
+        assert (504, "request_timeout") == (call.status, call.error["code"])
+        assert "server.request_timeout_s" in call.error["message"]
+    elif how == "stream":
+        assert call.body.startswith(b'data: 1\n\ndata: {"error":')
+        assert b"server.request_timeout_s" in call.body
+        assert call.body.endswith(b"data: [DONE]\n\n")
+        assert not call.answers[-1].get("more_body")
+    else:
+        assert b"data: " == call.body  # the server closes the connection: an answer that was cut, and looks so
+    assert ([how] if how != "waits" else []) == was_told
+    assert (0, 0, 0) == (door.in_flight, door.held, door._admission.inside)
+
+
 async def test_a_client_that_leaves_a_held_stream_makes_room() -> None:
     """Comments do not hide that the client has gone."""
     door, call, before = streaming_gate(), Call(pieces=(STREAM,)), counted("aborted")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import resource
 import signal
 import sys
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from llm_serve.bench.report import as_text, warnings
 from llm_serve.bench.server import find
 from llm_serve.core.errors import ConfigError, LlmServeError, Problem
 from llm_serve.core.workload import DEFAULT_TOKENS, SCENARIOS, Ask, Step, from_file
+from llm_serve.host import open_files
 
 _WRONG_USAGE, _TRY_AGAIN = 2, 75
 
@@ -120,7 +120,7 @@ def _prompts(given: Given) -> tuple[Ask, ...]:
 
 async def _until_interrupted(server: Server, plan: Plan) -> Report:
     """Measure; Ctrl-C ends it with what there is, a second one at once."""
-    _allow_connections(max((step.streams or 0 for step in plan.steps), default=0))
+    open_files.allow(max((4096, *(2 * (step.streams or 0) for step in plan.steps))))
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def interrupted() -> None:
@@ -130,14 +130,6 @@ async def _until_interrupted(server: Server, plan: Plan) -> Report:
 
     loop.add_signal_handler(signal.SIGINT, interrupted)
     return await measure(server, plan, stop, _Screen().tell)
-
-
-def _allow_connections(streams: int) -> None:
-    """Each stream is a descriptor, and the usual limit is 1024: take what the system allows."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(soft, 4096, 2 * streams)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 class _Screen:

@@ -20,7 +20,7 @@ from llm_serve.core.errors import ConfigError, LlmServeError
 from llm_serve.core.instance_file import check_exposure
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.settings import Settings
-from llm_serve.host import boot, closed_network, listening, logs, model_identity
+from llm_serve.host import boot, closed_network, listening, logs, model_identity, open_files
 from llm_serve.host.instances import read_api_keys, read_instance
 from llm_serve.host.systemd import Notifier, notifier
 
@@ -84,6 +84,7 @@ def serve(start: Start) -> int:
     logs.set_up(settings.name, level=settings.log.level, output_format=settings.log.format)
     # Systemd ends a daemon that no longer answers it with SIGABRT: where it stood is the only thing to learn from.
     faulthandler.enable()
+    open_files.allow(2 * settings.server.max_connections)
     for sentence in budgets(settings):
         logs.get_logger().info(f"in the worst case, {sentence}")
     # From the moment the socket is there, somebody may wait for an answer: what takes long comes before it.
@@ -159,7 +160,8 @@ async def _serve(start: Start, runtime: Path, sockets: tuple[socket.socket, sock
     supervisor.on_change = adopt
     _take_orders(supervisor, start.manager, inside)
     entrance = door.entrance(gate, start.settings)
-    servers = [Server(entrance, listener, door.timeouts(start.settings.server), seat), Server(inside, control)]
+    asked = start.settings.server
+    servers = [Server(entrance, listener, door.timeouts(asked), seat, door.places(asked)), Server(inside, control)]
     for server in servers:
         await server.start()
     keeping = asyncio.create_task(chronicle.keep())

@@ -13,7 +13,8 @@ OF_THE_PROCESS = frozenset(
     {
         *("model", "log.level", "log.format", "server.listen", "server.anthropic_messages", "server.front_ends"),
         "server.allow_env",
-        *("server.header_timeout_s", "server.body_timeout_s", "server.stream_keep_alive_s"),
+        *("server.header_timeout_s", "server.body_timeout_s", "server.write_timeout_s", "server.stream_keep_alive_s"),
+        *("server.max_connections", "server.max_connections_per_client"),
         *("gpu.devices", "gpu.wait_timeout_s", "network.engine"),
     }
 )

@@ -118,6 +118,14 @@ class ServerSettings(Table):
     """How long a client may take for the head of a request."""
     body_timeout_s: Seconds = 120
     """How long a client may take for the body of a request."""
+    write_timeout_s: Seconds = 120
+    """How long a client may take nothing of an answer that waits for it."""
+    request_timeout_s: SecondsOrOff = 21_600
+    """Longest time of one request from its head to the end of its answer, waiting included; 0: any."""
+    max_connections: int = Field(default=4096, ge=8, le=1_000_000)
+    """Most connections at once, of all front ends together; at most half of the files that may be open."""
+    max_connections_per_client: int = Field(default=0, ge=0, le=1_000_000)
+    """Most connections of one address (IPv6: one /64); 0: four fifths of all, for those behind a proxy have one."""
     drain_timeout_s: SecondsOrOff = 60
     """How long a stop waits for requests in flight."""
     open_metrics: bool = False
@@ -171,6 +179,8 @@ class LimitSettings(Table):
     """Longest stop string, bad word, name or id."""
     max_token_ids: int = Field(default=1024, ge=1)
     """Most entries of logit_bias, allowed_token_ids and the like."""
+    max_prompt_chars: int = Field(default=0, ge=0)
+    """Longest text of one prompt, after the chat template; 0: 16 for each token of max_model_len, at least 262,144."""
     max_nesting: int = Field(default=64, ge=8, le=200)
     """Deepest nesting of arrays and objects in a body."""
     max_values: int = Field(default=1_000_000, ge=1000)

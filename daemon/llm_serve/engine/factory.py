@@ -217,7 +217,16 @@ class Factory:
         self._collector.phase = IMPORTING
         with forkserver.environment(engine_environment(plan) | self.placement.env | private):
             loading.import_vllm()
-            from llm_serve.engine import arguments, effective, forced, media_cache, numa, pieces, tokenizer_copies
+            from llm_serve.engine import (
+                arguments,
+                effective,
+                forced,
+                long_texts,
+                media_cache,
+                numa,
+                pieces,
+                tokenizer_copies,
+            )
             from llm_serve.engine.steps import StepWatch
 
             args = arguments.parse_plan(plan, source=source, text=text)
@@ -238,6 +247,7 @@ class Factory:
             forced.install(config)
             tokenizer_copies.install()
             media_cache.install()
+            long_texts.install()
             pieces.install()
             forkserver.install()
             self._collector.phase = LAUNCHING

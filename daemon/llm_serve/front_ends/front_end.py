@@ -72,7 +72,8 @@ async def _serve(birth: Birth, listener: socket.socket, connection: socket.socke
     _log(birth, lambda event: loop.call_soon_threadsafe(_send_log, pipe, event))
     front_end = FrontEnd(birth, pipe, seat)
     entrance = door.entrance(front_end.gate, birth.settings)
-    server = Server(entrance, listener, door.timeouts(birth.settings.server), share=seat)
+    asked = birth.settings.server
+    server = Server(entrance, listener, door.timeouts(asked), share=seat, places=door.places(asked))
 
     async def accept() -> None:
         """Not before there is an engine: one that has no connection yet would be given all that come."""

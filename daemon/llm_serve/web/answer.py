@@ -73,8 +73,9 @@ class Answer:
             await self._send({"type": "http.response.body", "body": event})
 
     async def refuse(self, response: Asgi, scope: Scope, receive: Receive) -> None:
-        """Give this answer, if none has begun, and let nobody else say anything."""
+        """Give this answer, if none has begun but a stream, and let nobody else say anything."""
         self.is_refused = True
+        self._is_early |= self._is_stream and self._is_between_events and not self.is_complete
         if self.status is None or self._is_early:
             await response(scope, receive, self)
         self._is_closed = True

@@ -7,6 +7,7 @@ ask for that, is there an engine, is there room in it, is there room to wait.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -27,7 +28,7 @@ from llm_serve.web.assets import ASSETS
 from llm_serve.web.errors import error_response
 from llm_serve.web.hold import Body, Budget, Reading, Verdict, Waiter
 from llm_serve.web.keys import Keys
-from llm_serve.web.limits import Limits, not_allowed, too_large
+from llm_serve.web.limits import Limits, not_allowed, too_large, took_too_long
 from llm_serve.web.sse import STREAMED, Ticker
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", *ASSETS})
@@ -166,7 +167,12 @@ class Gate:
         began, outcome = time.monotonic(), "aborted"
         self.in_flight += 1
         try:
-            outcome = await self._examine(scope, body, answer) or await self._admit(scope, body, answer, holder)
+            async with asyncio.timeout(self._limits.request_timeout_s or None) as whole:
+                outcome = await self._examine(scope, body, answer) or await self._admit(scope, body, answer, holder)
+        except TimeoutError:
+            if not whole.expired():
+                raise
+            await answer.refuse(took_too_long(self._limits.request_timeout_s), scope, body)
         finally:
             self.in_flight -= 1
             body.close()

@@ -18,6 +18,8 @@ class Limits:
     hold_timeout_s: float
     max_body_bytes: int = 32 << 20
     stream_keep_alive_s: float = 15.0
+    request_timeout_s: float = 0.0
+    """0: any."""
     edge: Edge | None = None
     """None: bodies pass unexamined."""
 
@@ -26,6 +28,12 @@ def too_large(max_bytes: int) -> Response:
     """413. The connection stays, so that a client which is still sending gets to read it."""
     message = f"the request's body is longer than {max_bytes} bytes (server.max_body_bytes)."
     return error_response(413, message, code="request_too_large")
+
+
+def took_too_long(limit_s: float) -> Response:
+    """504, or where the answer is a stream that has begun, its last event."""
+    message = f"the request took longer than {limit_s:g} s (server.request_timeout_s)."
+    return error_response(504, message, code="request_timeout")
 
 
 def not_allowed(refused: Refusal) -> Response:

@@ -17,6 +17,7 @@ import uvicorn
 
 from llm_serve.host.logs import get_logger
 from llm_serve.web.deadlines import BoundedHead, Deadlines, Timeouts
+from llm_serve.web.places import UNLIMITED, Places
 
 _LAST_WORDS_S = 2.0
 _KEEP_ALIVE_S = 75
@@ -46,12 +47,18 @@ class Server(uvicorn.Server):
     """One uvicorn server on one socket that was bound before. With a `share`, others accept on it as well."""
 
     def __init__(
-        self, app: Any, listener: socket.socket, timeouts: Timeouts | None = None, share: Share | None = None
+        self,
+        app: Any,
+        listener: socket.socket,
+        timeouts: Timeouts | None = None,
+        share: Share | None = None,
+        places: Places = UNLIMITED,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=BoundedHead,
+                http=type("Protocol", (BoundedHead,), {"places": places}),
+                ws="none",  # nothing here speaks it, and what was upgraded is in nobody's books
                 lifespan="off",
                 access_log=False,
                 log_config=None,
