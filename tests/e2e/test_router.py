@@ -22,7 +22,7 @@ import pytest
 
 from llm_serve.cli.router import program
 from llm_serve.core.errors import HostError
-from tests.daemon import MODEL_NAME, Daemon, eventually, free_port
+from tests.daemon import MODEL_NAME, Daemon, Tables, eventually, free_port
 from tests.e2e.conftest import Stage
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 CLIENTS = 4
 SILENCE_S = 2.0
 """What the answers of the one that lives may be apart at most, beside what its engine needs for one on this machine."""
-TABLES = {"engine": {"max_num_seqs": 2 * CLIENTS}}
+TABLES: Tables = {"engine": {"max_num_seqs": 2 * CLIENTS}}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ class Asked:
 def pair(stage: Stage) -> Iterator[tuple[Daemon, Daemon]]:
     """Two ready instances that nobody else uses."""
     stage.clear()
-    both = Daemon(stage.model, TABLES), Daemon(stage.model, TABLES)
+    # A core each: by itself vLLM binds both to the same ones, where the one that computes lets no other start.
+    cores = sorted(os.sched_getaffinity(0))
+    bound = [dict(TABLES) | {"engine.env": {"VLLM_CPU_OMP_THREADS_BIND": str(core)}} for core in (cores[0], cores[-1])]
+    both = Daemon(stage.model, bound[0]), Daemon(stage.model, bound[1])
     try:
         for each in both:
             each.start()
