@@ -54,9 +54,13 @@ def options(text: str) -> set[str]:
 
 
 def configuration(text: str) -> str:
-    """The instance file that is shown."""
-    (shown,) = (body for language, body in _FENCE.findall(text) if language == "toml")
-    return str(shown)
+    """The instance file that is shown, first of all."""
+    return fragments(text)[0]
+
+
+def fragments(text: str) -> list[str]:
+    """All TOML that is shown: the file, and parts of others."""
+    return [body for language, body in _FENCE.findall(text) if language == "toml"]
 
 
 def _blocks(text: str) -> list[str]:

@@ -110,5 +110,5 @@ def open_the_checkout(built: Machine) -> None:
             inside.chmod(inside.stat().st_mode | 0o011)
         lifted |= {option for place, option in hidden.items() if path.is_relative_to(place)}
     if lifted:
-        for unit in ("llm-serve@.service", "llm-serve-targets.service"):
+        for unit in ("llm-serve@.service", "llm-serve-targets.service", "llm-serve-router.service"):
             built.write(f"/etc/systemd/system/{unit}.d/checkout.conf", "\n".join(["[Service]", *lifted, ""]))

@@ -37,7 +37,11 @@ def lend_packages(box: Machine, venv: Path) -> None:
     box.run("/usr/bin/python3", "-m", "venv", "--without-pip", str(venv))
     inside = "lib/python{}.{}/site-packages/lent.pth".format(*sys.version_info)
     box.write(str(venv / inside), sysconfig.get_path("purelib") + "\n")
+    box.write(str(venv / "bin/vllm-router"), _ROUTER.format(venv=venv), 0o755)
     environment = install.Environment(venv, "cpu", "cpu")
     done = {name: key for name, key, _ in environment.steps(dev=False) if name != "llm-serve"}
     stamp = {"asked": "cpu", "backend": "cpu", "python": [*sys.version_info[:2]], "revision": install.REVISION}
     box.write(str(venv / install.STAMP), json.dumps(stamp | {"done": done}))
+
+
+_ROUTER = "#!{venv}/bin/python\nfrom vllm_router.launch_router import main\n\nmain()\n"

@@ -54,6 +54,7 @@ _HELP = (
     "measures for minutes, or on a GPU: that the module takes these options is asked; a checkout has Python in .venv"
 )
 _IN_FULL = "the name of a command that stands in full elsewhere"
+_ELSEWHERE = "for other hosts, or Ray, which no machine here has"
 _PAGES = "a test machine has no pager: the page is read where `man` looks for it"
 _MODULES = sorted({command.text for command in COMMANDS if command.text.startswith("python -m tests.")})
 INSTEAD: dict[str, Instead] = {
@@ -63,6 +64,10 @@ INSTEAD: dict[str, Instead] = {
     **{words: Instead(_HELP, f".venv/bin/{words} --help") for words in _MODULES},
     "systemctl status": Instead(_IN_FULL),
     "llm-serve check": Instead(_IN_FULL),
+    "/opt/llm-serve/current/bin/pip install ray": Instead("there is no network here"),
+    "ray start --head": Instead(_ELSEWHERE),
+    "ray start --address=HEAD:6379": Instead(_ELSEWHERE),
+    "vllm serve --headless": Instead(_ELSEWHERE),
     "llm-serve bench qwen7b": Instead(
         "takes two minutes on its own", "llm-serve bench qwen7b --streams 1,2 --seconds 1 --warm-up 0"
     ),
@@ -85,6 +90,7 @@ SAYS = {
     "llm-serve import -- docker run --gpus all -p 8001:8000 vllm/vllm-openai:v0.8.4 --model Qwen/Qwen3-8B": "Qwen/Qwen3-8B",
     "llm-serve plan qwen7b": "KV cache",
     'llm-serve plan qwen7b --gpu "24GiB x 4"': "KV cache",
+    "llm-serve router --check": "--worker-urls http://127.0.0.1:8000",
     "llm-serve status": "qwen7b",
     "llm-serve status qwen7b": "serving",
     "llm-serve top": "qwen7b",
@@ -107,7 +113,7 @@ def test_every_command_is_typed_or_excused() -> None:
     assert set() == INSTEAD.keys() - said
     assert set() == SAYS.keys() - said
     assert all(each.reason for each in INSTEAD.values())
-    assert "make test" in (PROJECT / ".ci/run").read_text().splitlines()
+    assert "make test" in (PROJECT / ".ci/run").read_text()
     for text in (words for words, each in INSTEAD.items() if each.reason == _IN_FULL):
         assert any(other.startswith(f"{text} ") for other in said), text
 
@@ -167,6 +173,8 @@ class Walk:
             "apt install ./dist/llm-serve_*_all.deb": self._spare_the_download,
             "cp /usr/share/doc/llm-serve/examples/rtx3090-qwen2.5-7b.toml /etc/llm-serve/qwen7b.toml": self._change_it,
             "systemctl enable --now llm-serve@qwen7b": self._ask,
+            "cp /usr/share/doc/llm-serve/examples/router.toml /etc/llm-serve/": self._name_the_instance,
+            "systemctl enable --now llm-serve-router": self._ask_the_router,
             "systemctl try-restart 'llm-serve@*.service'": self._ask,
         }
 
@@ -206,6 +214,13 @@ class Walk:
 
     def _ask(self) -> None:
         assert "smollm2" in self._box.run("curl", "-sS", "http://127.0.0.1:8000/v1/models").stdout
+
+    def _name_the_instance(self) -> None:
+        self._box.write("/etc/llm-serve/router.toml", 'instances = ["qwen7b"]\n')
+
+    def _ask_the_router(self) -> None:
+        look = lambda: self._box.run("curl", "-s", "http://127.0.0.1:30000/v1/models", check=False).stdout  # noqa: E731
+        self._box.wait_until(lambda: "smollm2" in look(), 60, "an answer through the router")
 
 
 def test_a_reader_gets_as_far_as_readme_says(bare: Machine) -> None:

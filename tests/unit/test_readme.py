@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from llm_serve.cli.main import app
 from llm_serve.core.instance_file import parse_instance
 from llm_serve.core.settings import LimitSettings, Settings
-from tests.readme import README, commands, configuration, options
+from tests.readme import README, commands, configuration, fragments, options
 
 TEXT = README.read_text()
 PAGE = """# Title
@@ -87,6 +87,13 @@ def test_the_file_that_is_shown_has_the_defaults() -> None:
     for table in ("server", "recovery", "network", "log"):
         for name, value in written[table].items():
             assert name == "api_keys" or default[table][name] == value, name
+
+
+def test_what_is_shown_of_other_files_is_accepted() -> None:
+    parts = fragments(TEXT)[1:]
+    assert parts
+    for part in parts:
+        parse_instance(f'model = "any"\n{part}', source="README.md", name="any")
 
 
 def test_limits_are_quoted_as_they_are() -> None:
