@@ -14,12 +14,18 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def bench(daemon: Daemon, streams: str) -> dict[str, Any]:
-    """The report of one load test, by the name of the instance's file; three short answers a stream and step."""
+    """The report of one load test, by the name of the instance's file; four short answers a stream.
+
+    Of many lengths: were they alike, the batch would end and begin as one, and be half empty whenever it is looked at.
+    """
     prompts = daemon.folder / "prompts.jsonl"
-    lines = (json.dumps({"prompt": f"{number}. Tell me a story.", "max_tokens": 25}) for number in range(200))
+    lines = (
+        json.dumps({"prompt": f"{number}. Tell me a story.", "max_tokens": 10 + number * 7 % 31})
+        for number in range(200)
+    )
     prompts.write_text("\n".join(lines))
     done = daemon.command(
-        "bench", "--json", "--warm-up", "0", "--requests", "3", "--streams", streams, "--prompts", str(prompts)
+        "bench", "--json", "--warm-up", "0", "--requests", "4", "--streams", streams, "--prompts", str(prompts)
     )
     assert 0 == done.returncode, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
@@ -31,11 +37,12 @@ def test_a_full_batch_is_named(shared: Daemon) -> None:
     report = bench(shared, "32")
 
     verdict, evidence = report["verdict"], report["steps"][-1]["evidence"]
-    assert "max_num_seqs" == verdict["limit"], report
+    assert "max_num_seqs" == verdict["limit"], (verdict, report)
     assert "Try max_num_seqs = 32 (--max-num-seqs)." == verdict["advice"]
-    assert (16, 16) == (evidence["max_num_seqs"], evidence["running"])
+    assert 16 == evidence["max_num_seqs"]
+    assert evidence["running"] >= 15
     assert evidence["kv_cache_most"] < 0.9
-    assert [96] == [step["answered"] for step in report["steps"]]
+    assert [128] == [step["answered"] for step in report["steps"]]
     assert not any(step["errors"] for step in report["steps"])
 
 

@@ -219,8 +219,10 @@ class Walk:
         self._box.write("/etc/llm-serve/router.toml", 'instances = ["qwen7b"]\n')
 
     def _ask_the_router(self) -> None:
-        look = lambda: self._box.run("curl", "-s", "http://127.0.0.1:30000/v1/models", check=False).stdout  # noqa: E731
-        self._box.wait_until(lambda: "smollm2" in look(), 60, "an answer through the router")
+        def models() -> bool:
+            return "smollm2" in self._box.run("curl", "-s", "http://127.0.0.1:30000/v1/models", check=False).stdout
+
+        self._box.wait_until(models, 60, "an answer through the router")
 
 
 def test_a_reader_gets_as_far_as_readme_says(bare: Machine) -> None:

@@ -48,6 +48,16 @@ CASES = [
         id="one step alone: a full batch before which others wait",
     ),
     pytest.param(
+        [step(32, 90, seen(15, max_num_seqs=16, waiting=3.0, held=12.0))],
+        Limit.max_num_seqs, ["15 ran of 16"], "max_num_seqs = 32",
+        id="a small batch of which one place changes hands at most times",
+    ),
+    pytest.param(
+        [step(32, 90, seen(12, max_num_seqs=16, waiting=3.0, held=12.0))],
+        Limit.unknown, ["12 ran of 16"], "",
+        id="places are free, and it is not told why nobody takes them",
+    ),
+    pytest.param(
         [step(256, 1900, seen(128, **FULL | {"kv_cache_most": 0.75}))],
         Limit.max_num_seqs, ["75% full"], "max_num_seqs = 153",
         id="the KV cache would not hold twice as many",

@@ -23,6 +23,8 @@ from typing import Any
 from llm_serve.core.figures import Figures, percentile
 
 _FULL_CACHE, _FULL_BATCH, _BUSY_CORE = 0.9, 0.95, 0.9
+_MANY = 8
+"""Places of which one is free at most times: its request has ended, and the next one is on its way."""
 _UNSEEN = 0.25
 """Share of the streams that the engine may know nothing of: on their way, or just answered."""
 _LATENCIES = 1.5
@@ -65,6 +67,14 @@ class Evidence:
     def queued(self) -> float:
         """Those who wait, in the engine and at the gate before it."""
         return (self.waiting or 0.0) + (self.held or 0.0)
+
+    @property
+    def is_batch_full(self) -> bool:
+        """True when no place was free, but for one that changes hands; where nobody tells their number, it may be."""
+        slots = self.max_num_seqs
+        if slots is None:
+            return True
+        return (self.running or 0.0) >= (min(_FULL_BATCH * slots, slots - 1) if slots >= _MANY else slots)
 
     @classmethod
     def of(cls, seen: Sequence[Observation]) -> Evidence:
@@ -241,8 +251,7 @@ def _front_end(streams: int | None, seen: Evidence, _: _Gain | None) -> Verdict 
     unseen = (streams or 0) - (seen.running or 0.0) - seen.queued
     if share >= _BUSY_CORE:
         evidence.append(f"the server's own process used {share:.0%} of a core")
-    is_batch_full = seen.max_num_seqs is not None and (seen.running or 0.0) >= _FULL_BATCH * seen.max_num_seqs
-    if streams is not None and unseen >= max(2.0, _UNSEEN * streams) and not is_batch_full:
+    if streams is not None and unseen >= max(2.0, _UNSEEN * streams) and not (seen.max_num_seqs and seen.is_batch_full):
         evidence.append(f"of {streams} requests {unseen:.0f} had not come to the engine, or had left it")
     if not evidence:
         return None
@@ -254,7 +263,7 @@ def _max_num_seqs(_: int | None, seen: Evidence, gain: _Gain | None) -> Verdict 
     if not seen.queued or (gain is not None and gain.is_hardly_any):
         return None
     running, slots = seen.running or 0.0, seen.max_num_seqs
-    if slots is not None and running < _FULL_BATCH * slots:
+    if not seen.is_batch_full:
         return None
     usage = seen.kv_cache_most
     spare = "KV cache not told" if usage is None else f"KV cache {usage:.0%} full at most: room for more"
