@@ -137,6 +137,10 @@ def examine_engine(verdict: Verdict, text: str) -> None:
 
 def _examine_arguments(verdict: Verdict, text: str) -> None:
     # Imports vLLM: seconds that a file with a wrong key should not take.
+    from llm_serve.engine.absent_gpus import COMMON, pretend_if_none_is_seen
+
+    if pretend_if_none_is_seen():  # before anything else of vLLM is imported
+        verdict.notes.append(f"vLLM sees no GPU here: what it chooses by the GPU is shown as for one of {COMMON}")
     from llm_serve.engine import arguments, attach
     from llm_serve.engine.weights import looks_like_path
 

@@ -145,6 +145,9 @@ def _catalogue() -> Catalogue:
     from llm_serve.cli.check import prepare_for_vllm
 
     prepare_for_vllm()
+    from llm_serve.engine.absent_gpus import pretend_if_none_is_seen
+
+    pretend_if_none_is_seen()
     from llm_serve.engine.catalogue import catalogue
 
     return catalogue()

@@ -8,6 +8,7 @@ made. It holds for the whole process and for good, so only a command that ends a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
@@ -16,12 +17,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llm_serve.core.footprint import Gpus
+from llm_serve.core.footprint import Gpus, parse_gpus
 
 _KERNEL_MODULES = ("_C_stable_libtorch", "vllm_flash_attn._vllm_fa2_C", "vllm_flash_attn._vllm_fa3_C")
 _KERNEL_NAMESPACES = ("_C", "_C_cache_ops", "_moe_C")
 _MOST_GPUS = 1024
 """More than anybody asks for: whether there are enough is not vLLM's to judge here."""
+
+
+COMMON = "24GiB"
+"""What is taken for a GPU of which nothing is known."""
+
+
+def pretend_if_none_is_seen() -> bool:
+    """True where vLLM's CUDA build saw no GPU, without which it does not tell its options; now it sees a common one."""
+    platforms: Any = importlib.import_module("vllm.platforms")
+    if not platforms.current_platform.is_unspecified():
+        return False
+    pretend(parse_gpus(COMMON))
+    return True
 
 
 def pretend(gpus: Gpus) -> None:
@@ -32,9 +46,9 @@ def pretend(gpus: Gpus) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import vllm
 
-    root = Path(vllm.__file__).parent
+    root, has_driver = Path(vllm.__file__).parent, _has_driver()
     for name in _KERNEL_MODULES:
-        if not any(root.glob(f"{name.replace('.', '/')}*.so")):
+        if not has_driver or not any(root.glob(f"{name.replace('.', '/')}*.so")):
             sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
     platforms: Any = importlib.import_module("vllm.platforms")
     # Modules keep the platform that they find when they are imported, so nothing may come before it.
@@ -42,6 +56,15 @@ def pretend(gpus: Gpus) -> None:
     _name_missing_kernels()
     _name_triton()
     _name_streams()
+
+
+def _has_driver() -> bool:
+    """False where no kernel of CUDA's can be loaded, though the build may have them."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _platform(gpus: Gpus) -> Any:
