@@ -21,12 +21,15 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from llm_serve.bench.client import Server
 from llm_serve.bench.measure import Plan, measure
@@ -35,7 +38,9 @@ from llm_serve.host.demo_model import default_cache, ensure_demo_model
 from tests.bench import servers
 
 Figures = dict[str, float]
+_OWN = "vllm:time_to_first_token_seconds"
 _FIGURES = (
+    "server_ttft_mean",
     "requests_per_s",
     "tokens_per_s",
     "ttft_p50",
@@ -99,6 +104,18 @@ def theirs(url: str, asks: tuple[Ask, ...], streams: int, model: Path) -> Figure
     }
 
 
+def _first_tokens(url: str) -> tuple[float, float]:
+    """What the server says of itself: the sum of all times to first tokens, in seconds, and their number."""
+    text = httpx.get(f"{url}/metrics", timeout=60, trust_env=False).text
+    sums = re.findall(rf"^{_OWN}_(sum|count){{[^}}]*}} (\S+)$", text, re.MULTILINE)
+    total = {kind: sum(float(value) for each, value in sums if each == kind) for kind in ("sum", "count")}
+    return total["sum"], total["count"]
+
+
+def _mean_ms(before: tuple[float, float], after: tuple[float, float]) -> float:
+    return 1000 * (after[0] - before[0]) / max(1.0, after[1] - before[1])
+
+
 def _load() -> None:
     importlib.import_module("vllm.benchmarks.serve")
 
@@ -110,7 +127,7 @@ def compare(url: str, model: Path, streams: int, each: int, rounds: int, *, toge
         "vllm bench serve": functools.partial(theirs, model=model),
     }
     found: dict[str, list[Figures]] = {name: [] for name in tools}
-    run = itertools.count(streams * 100)
+    run, own = itertools.count(streams * 100), dict[tuple[str, int], float]()
     with contextlib.ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=spawn)) for name in tools}
@@ -122,9 +139,11 @@ def compare(url: str, model: Path, streams: int, each: int, rounds: int, *, toge
                 asks = prompts(next(run), streams * (each + 1))
                 waiting.append((name, pools[name].submit(tools[name], url, asks, streams)))
                 if not together:
+                    before = _first_tokens(url)
                     wait([waiting[-1][1]])
+                    own[name, number] = _mean_ms(before, _first_tokens(url))
             for name, future in waiting:
-                found[name].append(future.result())
+                found[name].append(future.result() | {"server_ttft_mean": own.get((name, number), 0.0)})
                 print(f"round {number + 1}, {streams} streams, {name}: {found[name][-1]}", flush=True)
     return found
 
@@ -156,7 +175,7 @@ def main() -> None:
         )
         print(f"\n{f'{streams} streams':16} {'llm-serve bench':>16} {'vllm bench serve':>17} {'ratio':>7}")
         for name in _FIGURES:
-            print(f"{name:16} {mine[name]:16.2f} {other[name]:17.2f} {mine[name] / other[name]:7.3f}")
+            print(f"{name:16} {mine[name]:16.2f} {other[name]:17.2f} {mine[name] / (other[name] or float('nan')):7.3f}")
     if given.json:
         given.json.write_text(json.dumps(found, indent=2))
 
