@@ -97,7 +97,9 @@ class Screen:
 
     def wait(self, until: float) -> str:
         """Wait for that moment of the monotonic clock, a wake, or keys, which are returned."""
-        heard, _, _ = select.select([self._fd, self._ear], [], [], max(0.0, until - time.monotonic()))
+        # In the background, what is typed is the shell's: whoever reads it is stopped.
+        watched = [self._fd, self._ear] if self._is_entered else [self._ear]
+        heard, _, _ = select.select(watched, [], [], max(0.0, until - time.monotonic()))
         if self._ear in heard:
             os.read(self._ear, 4096)
         self._act()
