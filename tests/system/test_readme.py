@@ -64,6 +64,7 @@ INSTEAD: dict[str, Instead] = {
     **{words: Instead(_HELP, f".venv/bin/{words} --help") for words in _MODULES},
     "systemctl status": Instead(_IN_FULL),
     "llm-serve check": Instead(_IN_FULL),
+    "llm-serve bench": Instead(_IN_FULL),
     "/opt/llm-serve/current/bin/pip install ray": Instead("there is no network here"),
     "ray start --head": Instead(_ELSEWHERE),
     "ray start --address=HEAD:6379": Instead(_ELSEWHERE),
