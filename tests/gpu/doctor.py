@@ -88,7 +88,12 @@ def told(answer: Answer, *, is_right: bool) -> Row:
 @contextmanager
 def left_over(amount_gib: float) -> Iterator[int]:
     """A process that is called as vLLM's engine, holds GPU memory (GiB, or all but so much), and has no parent."""
-    parent = subprocess.Popen([sys.executable, "-c", _ORPHAN, _HOG, str(amount_gib)], stdout=subprocess.PIPE, text=True)
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # by that name, Python does not find its own place
+    command = [sys.executable, "-c", _ORPHAN, _HOG, str(amount_gib)]
+    parent = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     try:

@@ -35,20 +35,21 @@ _TOKENS, _CLIENTS, _PER_STREAM = 50, 8, 8
 _SEQS = 1024
 _ENGINE: Mapping[str, Any] = {"load_format": "dummy", "max_model_len": 8192, "max_num_seqs": _SEQS}
 _SPARSE = {"cudagraph_capture_sizes": [*recovery.SPARSE_SIZES, 320, 384, 448, 512]}
-Seen = tuple[float, list[float]]
-"""Seconds of a whole load, and seconds to the first token of each request."""
+Seen = tuple[float, list[float], float]
+"""Seconds of a whole load, seconds to the first token of each request, and events per answer where there are any."""
 
 
 # ---- clients ------------------------------------------------------------------------------------------
 
 
-async def _client(url: str, streams: int, requests: int) -> list[float]:
-    """One process's part of a load: seconds to the first token, in the order of the ends."""
+async def _client(url: str, streams: int, requests: int) -> tuple[list[float], int]:
+    """One process's part of a load: seconds to the first token, in the order of the ends, and the number of events."""
     import aiohttp  # the GPU machine's python has it, the daemon does not need it
 
-    left, first = iter(range(requests)), []
+    left, first, events = iter(range(requests)), [], 0
 
     async def worker(session: aiohttp.ClientSession) -> None:
+        nonlocal events
         for _ in left:
             began, took, chunks = time.perf_counter(), 0.0, 0
             async with session.post(f"{url}/v1/chat/completions", json=_body()) as answer:
@@ -58,10 +59,11 @@ async def _client(url: str, streams: int, requests: int) -> list[float]:
                     chunks += chunk.count(b"data: {")
             assert chunks > 1, "an answer that was cut"
             first.append(took)
+            events += chunks
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*(worker(session) for _ in range(streams)))
-    return first
+    return first, events
 
 
 def _body() -> dict[str, Any]:
@@ -77,7 +79,8 @@ def _over_http(url: str, streams: int) -> Seen:
     reports = [json.loads(client.communicate()[0]) for client in clients]
     # By the clients' own clocks: how long their interpreters take to start is not the server's doing.
     seconds = max(report["ended"] for report in reports) - min(report["began"] for report in reports)
-    return seconds, [each for report in reports for each in report["first"]]
+    first = [each for report in reports for each in report["first"]]
+    return seconds, first, sum(report["events"] for report in reports) / len(first)
 
 
 # ---- servers ------------------------------------------------------------------------------------------
@@ -141,7 +144,7 @@ def _bare(stage: recovery.Stage) -> Iterator[Callable[[int], Seen]]:
         for line in engine.stdout or ():
             if line.startswith("{"):
                 report = json.loads(line)
-                return report["seconds"], report["first"]
+                return report["seconds"], report["first"], 0.0
         raise AssertionError((stage.folder / "engine.log").read_text()[-3000:])
 
     try:
@@ -163,7 +166,7 @@ async def _engine(model: str) -> None:
     )
     params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True, temperature=0, output_kind=RequestOutputKind.DELTA)
 
-    async def load(streams: int) -> Seen:
+    async def load(streams: int) -> tuple[float, list[float]]:
         left, first = iter(range(streams * _PER_STREAM)), []
 
         async def worker() -> None:
@@ -210,8 +213,8 @@ def main() -> None:
     if given.client:
         url, streams, requests = given.client
         began = time.time()
-        first = asyncio.run(_client(url, int(streams), int(requests)))
-        return print(json.dumps({"began": began, "ended": time.time(), "first": first}))
+        first, events = asyncio.run(_client(url, int(streams), int(requests)))
+        return print(json.dumps({"began": began, "ended": time.time(), "first": first, "events": events}))
     if given.engine:
         return asyncio.run(_engine(given.model))
     rows: dict[str, Any] = {}
@@ -233,10 +236,11 @@ def _measure(name: str, stage: recovery.Stage, loads: list[int], rounds: int) ->
             for streams in loads:
                 seen = [ask(streams) for _ in range(rounds)]
                 row[f"requests/s @{streams}"] = round(
-                    statistics.median(len(first) / seconds for seconds, first in seen), 1
+                    statistics.median(len(first) / seconds for seconds, first, _ in seen), 1
                 )
-                firsts = [each for _, first in seen for each in first]
+                firsts = [each for _, first, _ in seen for each in first]
                 row[f"TTFT ms P50/P99 @{streams}"] = [round(1000 * percentile(firsts, share)) for share in (0.5, 0.99)]
+                row[f"events per answer @{streams}"] = round(statistics.median(events for *_, events in seen), 1)
     except Exception:  # noqa: BLE001 - the other servers still count
         row["failed"] = traceback.format_exc()[-1500:]
     return row

@@ -118,7 +118,7 @@ def _log_to(records: str) -> None:
 
 
 # Ctrl-C in a terminal, and `timeout`, signal the whole process group: the daemon must drain before its engine ends.
-os.setsid()
+os.setpgid(0, 0)
 forkserver.become_server()
 _write_to(os.environ.get(forkserver.OUTPUT_VARIABLE, ""))
 _log_to(os.environ.get(forkserver.RECORDS_VARIABLE, ""))

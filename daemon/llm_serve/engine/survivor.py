@@ -181,6 +181,7 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
         with self._entered(request_id, prompt, params) as name:
             while True:
                 llm, epoch = await self._turn(name, journey), self.epoch
+                journey.arrive()
                 try:
                     async for output in ask(llm, f"{request_id}-a{attempt}" if attempt else request_id):
                         output.request_id = request_id
@@ -282,12 +283,12 @@ class _Name:
     def __init__(self, request_id: str, prompt: Any, params: Any) -> None:
         self.request_id, self._prompt = request_id, prompt
         # Taken now: vLLM fills some of them in later.
-        self._params = repr(sorted({**msgspec.structs.asdict(params), **_ANOTHER_TRY}.items()))
+        self._params = {**msgspec.structs.asdict(params), **_ANOTHER_TRY}
 
     def fingerprint(self) -> str:
         """The same for the same request sent again: prompt and parameters, but for what only makes it another try."""
         prompt = self._prompt.get("prompt_token_ids") if isinstance(self._prompt, dict) else self._prompt
-        return hashlib.sha256(f"{prompt!r} {self._params}".encode()).hexdigest()
+        return hashlib.sha256(f"{prompt!r} {sorted(self._params.items())}".encode()).hexdigest()
 
 
 _ANOTHER_TRY = {"seed": None, "output_kind": None, "skip_clone": None}
