@@ -168,6 +168,16 @@ def test_an_idle_engine_that_is_killed_is_replaced(shared: Daemon, which: int) -
     assert after["last_failure"].startswith(("killed:", "crashed:"))
 
 
+def test_the_kernel_shares_the_cpu_between_daemon_and_engine_as_between_equals(shared: Daemon) -> None:
+    """A session of its own is a scheduling group of its own, in which an engine that spins starves the daemon; a process
+    group of its own is what keeps a terminal's Ctrl-C from it."""
+    pids = shared.status()["engine_pids"]
+
+    assert len(pids) > 1
+    assert {os.getsid(shared.pid)} == {os.getsid(pid) for pid in pids}
+    assert os.getpgid(shared.pid) not in {os.getpgid(pid) for pid in pids}
+
+
 def test_streams_of_an_engine_that_is_killed_go_on(shared: Daemon) -> None:
     """All end as if nothing had happened, each with the same text; meanwhile the HTTP server says what it does."""
     before = shared.status()

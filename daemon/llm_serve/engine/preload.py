@@ -118,6 +118,8 @@ def _log_to(records: str) -> None:
 
 
 # Ctrl-C in a terminal, and `timeout`, signal the whole process group: the daemon must drain before its engine ends.
+# Not a session: the kernel (sched_autogroup) shares the CPU between sessions, and on CPUs an engine that spins for its
+# worker had left the daemon 0.1 of a core; in one session both get what they need.
 os.setpgid(0, 0)
 forkserver.become_server()
 _write_to(os.environ.get(forkserver.OUTPUT_VARIABLE, ""))

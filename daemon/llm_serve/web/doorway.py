@@ -8,59 +8,81 @@ last. One after the other they need as long in all, but half as long on average,
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 
 _WIDTH = 4
 """More than one, for steps that are taken in threads (templates, tokenizers, images) leave the loop to others."""
-_PATIENCE_S = 0.05
-"""Who takes longer than that is no longer in anybody's way: a long text, or an image, is read beside the loop."""
-
-
-class Step:
-    """One request on its way. `leave` may be called more than once."""
-
-    def __init__(self, doorway: Doorway) -> None:
-        self._doorway: Doorway | None = doorway
-        self._timer = asyncio.get_running_loop().call_later(_PATIENCE_S, self.leave)
-
-    def leave(self) -> None:
-        """The engine has it, or it takes long, or it is over."""
-        if self._doorway is not None:
-            self._timer.cancel()
-            self._doorway.left()
-            self._doorway = None
+_EVERY_S = 0.004
+"""Whoever is on the way, another one follows after that. What takes long (a long text, an image) is read beside the
+loop, in nobody's way; and a loop that is late with everything is not helped by a queue in front of it."""
 
 
 class Doorway:
-    """Lets in `width` at a time, in their order."""
+    """Lets requests on their way in their order: `width` at a time, or one each `every_s` if those take longer."""
 
-    def __init__(self, width: int = _WIDTH) -> None:
-        self._free = width
+    def __init__(self, width: int = _WIDTH, every_s: float = _EVERY_S) -> None:
+        self._width, self._every_s = width, every_s
+        self._on_their_way = 0
+        self._last_at = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def enter(self) -> Step:
-        """Return when there is room."""
-        if self._free:
-            self._free -= 1
-            return Step(self)
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
-            if turn.done() and not turn.cancelled():
-                self.left()  # the room that was given to it is another's
-            raise
+        """Return when it is this one's turn."""
+        loop = asyncio.get_running_loop()
+        if self._waiting or self._on_their_way >= self._width:
+            turn = loop.create_future()
+            self._waiting.append(turn)
+            if self._timer is None:
+                self._timer = loop.call_at(max(self._last_at, loop.time()) + self._every_s, self._tick)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():
+                    self.left()  # it had been let in at that moment
+                raise
+        else:
+            self._count(loop.time())
         return Step(self)
 
     def left(self) -> None:
-        """Somebody has left: the next one's turn."""
-        while self._waiting:
+        """One is not on its way any more."""
+        self._on_their_way -= 1
+        if self._waiting and self._on_their_way < self._width:
+            self._let_in(1)
+
+    def _tick(self) -> None:
+        """Time has passed: for as many as it is enough for, also where this was called late."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        self._let_in(max(1, int((loop.time() - self._last_at) / self._every_s)))
+        if self._waiting:
+            self._timer = loop.call_at(loop.time() + self._every_s, self._tick)
+
+    def _let_in(self, number: int) -> None:
+        now = asyncio.get_running_loop().time()
+        while number and self._waiting:
             turn = self._waiting.popleft()
-            if not turn.done():
+            if not turn.done():  # else its client has gone
                 turn.set_result(None)
-                return
-        self._free += 1
+                self._count(now)
+                number -= 1
+
+    def _count(self, now: float) -> None:
+        self._on_their_way += 1
+        self._last_at = now
+
+
+class Step:
+    """One request on its way."""
+
+    __slots__ = ("_doorway",)
+
+    def __init__(self, doorway: Doorway) -> None:
+        self._doorway: Doorway | None = doorway
+
+    def leave(self) -> None:
+        """The engine has it, or it is over. A second call does nothing."""
+        if self._doorway is not None:
+            self._doorway.left()
+            self._doorway = None
