@@ -6,11 +6,14 @@ PYTHON      ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS  ?=
 
+# Tests without an engine wait about as much as they compute: one process more than there are cores.
+PROCESSES   ?= $(shell expr $$(nproc) + 1)
+
 BIN     := $(VENV)/bin
 INSTALL := $(PYTHON) packaging/install --venv $(VENV) --backend $(BACKEND)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo faults test check lint types unit-verify format bench deb lock clean
+.PHONY: help setup dev demo faults test test-again check lint types unit-verify format bench deb lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,9 +34,20 @@ faults: dev ## hurt real engines in every way of the fault matrix, and print a t
 	@packaging/test-tools
 	@$(BIN)/python -m pytest tests/faults tests/system/test_recovery.py $(PYTEST_ARGS)
 
+# Daemons and booted machines have the cores for themselves; the rest runs side by side before. 5 is pytest's word for
+# nothing picked, as by `-k word` in one of the two.
+QUICK   := tests/unit tests/contract
+ENGINES := tests/e2e tests/system
+PYTEST  := $(BIN)/python -m pytest --ignore=tests/faults
+
 test: dev ## run all tests but the faults (as root it first installs the programs that some of them need)
 	@packaging/test-tools
-	@$(BIN)/python -m pytest --ignore=tests/faults $(PYTEST_ARGS)
+	@$(PYTEST) $(ENGINES:%=--ignore=%) -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS); quick=$$?; \
+	$(PYTEST) $(QUICK:%=--ignore=%) $(PYTEST_ARGS); slow=$$?; \
+	case $$quick-$$slow in 0-0 | 0-5 | 5-0) ;; *) exit 1 ;; esac
+
+test-again: dev ## run what failed in the last `make test` once more, one after the other
+	@$(PYTEST) --last-failed --last-failed-no-failures=none $(PYTEST_ARGS)
 
 check: lint types test unit-verify ## everything that must hold: lint, strict types, tests, units
 

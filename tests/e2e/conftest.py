@@ -34,7 +34,7 @@ class Stage:
     def __init__(self, model: Path) -> None:
         self.model = model
         self._running: Daemon | None = None
-        self._tables: Tables = {}
+        self._tables: Tables | None = None
 
     def reuse(self, tables: Tables) -> Daemon:
         """A ready daemon with these settings."""
@@ -42,6 +42,11 @@ class Stage:
             self.clear()
             self._running, self._tables = Daemon(self.model, tables).start(), tables
         return self._running.wait_ready()
+
+    def take(self, tables: Tables) -> Daemon:
+        """The same, for a test that may end it; `clear` still removes what is left of it."""
+        daemon, self._tables = self.reuse(tables), None
+        return daemon
 
     def clear(self) -> None:
         """End what runs."""

@@ -142,7 +142,7 @@ def test_one_that_dies_is_replaced_and_the_others_do_not_notice(crowd: Daemon) -
     assert victim["pid"] not in {each["pid"] for each in now}
     assert starts == crowd.status()["engine_starts"]
     assert before + kept <= crowd.metric(counted)
-    with streams(crowd, 2 * COUNT, 10) as opened:
+    with streams(crowd, 2 * COUNT, 60) as opened:
         assert all(each["requests_in_flight"] for each in crowd.status()["front_ends"])
         assert [["length"]] * 2 * COUNT == [stream.wait().finish_reasons for stream in opened]
 
@@ -192,16 +192,28 @@ def test_orders_reach_all_of_them(crowd: Daemon) -> None:
 def test_a_new_engine_for_a_changed_file_serves_all_of_them(crowd: Daemon) -> None:
     """Requests in flight finish on the old engine, wherever they are."""
     epoch = crowd.status()["epoch"]
-    before = crowd.rewrite("max_model_len = 2048", "max_model_len = 1024")
+    crowd.rewrite("max_model_len = 2048", "max_model_len = 1024")
     with streams(crowd, COUNT, 60) as opened:
         assert 0 == crowd.command("reload").returncode
         ended = [stream.wait(REBUILD_S) for stream in opened]
     attached(crowd, epoch + 1)
-    crowd.file.write_text(before)
 
     assert [["length"]] * COUNT == [stream.finish_reasons for stream in ended]
     assert 0.0 == crowd.metric('llm_serve_requests_total{outcome="interrupted"}')
-    assert 0 == crowd.command("reload").returncode
+
+
+def test_without_the_daemon_there_is_no_front_end(stage: Stage) -> None:
+    """Killed, it takes all of them along, and the port is free for its successor."""
+    serving = stage.take(TABLES)
+    attached(serving)
+    serving.signal(signal.SIGKILL)
+    serving.wait_for_exit()
+    began = time.monotonic()
+
+    eventually(serving.processes, lambda left: not left, within_s=5, what="the others' end")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{serving.url}/livez", trust_env=False)
+    assert time.monotonic() - began < patient(5)
 
 
 def test_a_stop_lets_all_of_them_finish_and_leaves_nothing(daemon: Callable[..., Daemon]) -> None:
@@ -218,17 +230,3 @@ def test_a_stop_lets_all_of_them_finish_and_leaves_nothing(daemon: Callable[...,
     # Python's resource trackers end by themselves, a moment after the last process that used them.
     eventually(serving.processes, lambda left: left == [], within_s=3, what="no process left")
     assert ([], []) == (serving.new_shared_memory(), serving.temporary_files())
-
-
-def test_without_the_daemon_there_is_no_front_end(daemon: Callable[..., Daemon]) -> None:
-    """Killed, it takes all of them along, and the port is free for its successor."""
-    serving = daemon(TABLES).wait_ready()
-    attached(serving)
-    serving.signal(signal.SIGKILL)
-    serving.wait_for_exit()
-    began = time.monotonic()
-
-    eventually(serving.processes, lambda left: not left, within_s=5, what="the others' end")
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{serving.url}/livez", trust_env=False)
-    assert time.monotonic() - began < patient(5)

@@ -1,4 +1,4 @@
-"""Clients that never stop, and an engine that keeps dying: a minute of it, or LLM_SERVE_SOAK_S seconds."""
+"""Clients that never stop, and an engine that keeps dying: half a minute of it, or LLM_SERVE_SOAK_S seconds."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from llm_serve.host.demo_model import default_cache, ensure_demo_model
 from tests.daemon import Daemon, Stream, eventually
 from tests.faults.mixed import CATALOG, Got
 
-SECONDS = float(os.environ.get("LLM_SERVE_SOAK_S", "60"))
+SECONDS = float(os.environ.get("LLM_SERVE_SOAK_S", "30"))
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(SECONDS + 400)]
 CLIENTS, PAUSE_S, LOOK_EVERY_S = 6, 6.0, 0.25
-MANY, MIB_A_START = 20, 8
-"""Over fewer faults, the daemon's memory is noise."""
+AT_LEAST, MANY, MIB_A_START = 2, 20, 8
+"""Faults, however slow the machine is; with fewer than MANY, the daemon's memory is noise."""
 KINDS = ("chat streamed", "chat with a stop string", "JSON schema", "chat with penalties", "two choices", "completion")
 TABLES: dict[str, dict[str, Any]] = {
     "engine": {"kv_cache_memory_bytes": 512 << 20}, "recovery": {"restart_limit": 1000, "stall_timeout_s": 10},
@@ -117,7 +117,7 @@ def test_nothing_is_lost_in_a_soak(daemon: Daemon, record_property: Callable[[st
         clients.append(pool.submit(soak.watch, ready))
         try:
             ends_at = time.monotonic() + SECONDS
-            while time.monotonic() < ends_at:
+            while time.monotonic() < ends_at or sum(faults.values()) < AT_LEAST:
                 time.sleep(chance.uniform(0.5, 1.5) * PAUSE_S)
                 fault = FAULTS[sum(faults.values()) % len(FAULTS)]
                 fault(daemon)
@@ -141,6 +141,5 @@ def test_nothing_is_lost_in_a_soak(daemon: Daemon, record_property: Callable[[st
     record_property("soak", figures)
     print(figures)
     assert {} == soak.wrong
-    assert sum(faults.values()) >= 2
     assert len(resident) < MANY or slope < MIB_A_START
     assert Path(f"/proc/{daemon.pid}").exists()

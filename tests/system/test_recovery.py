@@ -37,15 +37,24 @@ restart_limit = 4
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(box: Machine) -> Iterator[Machine]:
-    """The machine with an instance whose KV cache is too small for its longest request."""
+    """The machine with an instance whose KV cache is too small for its longest request; what it learns, it keeps."""
     box.run("systemctl", "stop", "llm-serve@demo", timeout=100)
     box.write(_FILE, _TEXT.format(kv_bytes=64 << 20, floor=256))
     yield box
     box.run("systemctl", "stop", UNIT, timeout=100)
     box.run("systemctl", "reset-failed", UNIT, check=False)
     box.run("rm", "-rf", _FILE, "/var/lib/llm-serve/small")
+
+
+@pytest.fixture
+def learned(small: Machine) -> Machine:
+    """The same, serving on the rung that it has learned, with no restart on record."""
+    small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
+    small.run("systemctl", "reset-failed", UNIT)
+    assert (1, "0") == (_status(small)["rung"], small.show(UNIT, "NRestarts"))
+    return small
 
 
 def _status(box: Machine) -> dict[str, object]:
@@ -78,36 +87,34 @@ def test_what_was_learned_outlives_a_power_cut(small: Machine, watch: Watch) -> 
 
 
 @pytest.mark.row("19", "daemon killed under load")
-def test_a_killed_daemon_begins_with_what_was_learned(small: Machine, watch: Watch) -> None:
+def test_a_killed_daemon_begins_with_what_was_learned(learned: Machine, watch: Watch) -> None:
     """systemd starts it again, nothing of the old one is left, and one engine start on the learned rung is enough."""
-    small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
-    main, old = small.show(UNIT, "MainPID"), _pids(small)
-    stream = _stream(small)
+    main, old = learned.show(UNIT, "MainPID"), _pids(learned)
+    stream = _stream(learned)
 
     watch.begin()
-    small.run("kill", "-9", main)
+    learned.run("kill", "-9", main)
 
-    _assert_back_with_what_was_learned(small, main, old, watch)
+    _assert_back_with_what_was_learned(learned, main, old, watch)
     assert "[DONE]" not in stream.communicate(timeout=30)[0]
 
 
 @pytest.mark.row("11", "daemon killed by the kernel for memory")
-def test_the_kernel_kills_the_daemon_for_memory(small: Machine, watch: Watch, tmp_path: Path) -> None:
+def test_the_kernel_kills_the_daemon_for_memory(learned: Machine, watch: Watch, tmp_path: Path) -> None:
     """As for any kill: systemd starts it again, nothing of the old one is left, and the learned rung is used."""
-    small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
-    main, old = small.show(UNIT, "MainPID"), _pids(small)
+    main, old = learned.show(UNIT, "MainPID"), _pids(learned)
     with memory_group() as group:
-        group.add(small.host_pid(main))
+        group.add(learned.host_pid(main))
         group.limit(1 << 16)
         large = tmp_path / "request.json"
         large.write_text(json.dumps({"model": "small", "prompt": "word " * 200_000}))
 
         watch.begin()
-        asking = [_post(small, f"@{large}") for _ in range(4)]  # more than it may take now
+        asking = [_post(learned, f"@{large}") for _ in range(4)]  # more than it may take now
 
-        small.wait_until(lambda: group.kills() >= 1, 20, "the kernel's kill")
+        learned.wait_until(lambda: group.kills() >= 1, 20, "the kernel's kill")
         watch.mark("killed")
-        _assert_back_with_what_was_learned(small, main, old, watch)
+        _assert_back_with_what_was_learned(learned, main, old, watch)
         for each in asking:
             each.communicate(timeout=60)
 
@@ -126,19 +133,18 @@ def _assert_back_with_what_was_learned(small: Machine, main: str, old: set[str],
 
 
 @pytest.mark.row("17", "daemon's loop frozen (SIGSTOP)")
-def test_a_frozen_daemon_is_replaced_by_the_watchdog(small: Machine, watch: Watch) -> None:
+def test_a_frozen_daemon_is_replaced_by_the_watchdog(learned: Machine, watch: Watch) -> None:
     """systemd ends it within WatchdogSec and a little, and the next one begins with what was learned."""
-    small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
-    main, old = small.show(UNIT, "MainPID"), _pids(small)
-    limit_s = int(small.show(UNIT, "WatchdogUSec").removesuffix("s"))
+    main, old = learned.show(UNIT, "MainPID"), _pids(learned)
+    limit_s = int(learned.show(UNIT, "WatchdogUSec").removesuffix("s"))
 
     watch.begin()
-    small.run("kill", "-STOP", main)
-    small.wait_until(lambda: _noticed_by_watchdog(small), 2 * limit_s, "the watchdog")
+    learned.run("kill", "-STOP", main)
+    learned.wait_until(lambda: _noticed_by_watchdog(learned), 2 * limit_s, "the watchdog")
 
     watch.mark("detected")
     assert watch.passed_s < limit_s + 5
-    _assert_back_with_what_was_learned(small, main, old, watch)
+    _assert_back_with_what_was_learned(learned, main, old, watch)
 
 
 def _noticed_by_watchdog(small: Machine) -> bool:
@@ -163,53 +169,18 @@ def _post(small: Machine, body: str) -> subprocess.Popen[str]:
     return small.popen("curl", "-sSN", url, "-H", "content-type: application/json", "-d", body)
 
 
-def test_what_never_fits_ends_failed_after_the_stated_number_of_starts(small: Machine) -> None:
-    """Exit 70 with the story, three times by systemd, and then the unit stays failed."""
-    small.write(_FILE, _TEXT.format(kv_bytes=64 << 20, floor=4096))
-
-    small.run("systemctl", "start", UNIT, check=False, timeout=_START_LIMIT_S)
-
-    small.wait_until(lambda: small.show(UNIT, "ActiveState") == "failed", 300, "the unit to be failed")
-    entries = [str(entry.get("MESSAGE")) for entry in small.journal(UNIT)]
-    assert "70" == small.show(UNIT, "ExecMainStatus")
-    assert 3 == sum("starting -> failed" in each or "recovering -> failed" in each for each in entries)
-    assert any("systemd = 12" in each for each in entries), "the product of both limits is printed"
-    last = [entry for entry in small.journal(UNIT) if str(entry.get("MESSAGE")).startswith("exit ")][-1]
-    assert "kv_cache_too_small" in str(last["WHY"])
-    assert "floor_max_model_len" in str(last["WHY"])
-
-
-@pytest.mark.row("21", "stop with an endless stream, drain 5 s")
-def test_a_stop_with_an_endless_stream_ends_at_the_deadline(small: Machine, watch: Watch) -> None:
-    """The stream is cut with an error event after drain_timeout_s, long before systemd would kill."""
-    small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
-    stream = _stream(small)
-
-    watch.begin()
-    small.run("systemctl", "stop", UNIT, timeout=100)
-    stopped_s = watch.passed_s
-    watch.mark("stopped")
-
-    text = stream.communicate(timeout=30)[0]
-    assert '"error"' in text
-    assert '"finish_reason":"length"' not in text
-    assert 4 < stopped_s < patient(20)
-    assert "success" == small.show(UNIT, "Result")
-
-
 @pytest.mark.row("27", "journald frozen, 700 requests")
-def test_a_journal_that_does_not_read_does_not_stop_the_loop(small: Machine, watch: Watch) -> None:
+def test_a_journal_that_does_not_read_does_not_stop_the_loop(learned: Machine, watch: Watch) -> None:
     """With journald frozen, requests are answered and the loop goes on: their log entries are late, and none is lost."""
-    small.run("systemctl", "start", UNIT, timeout=_START_LIMIT_S)
-    logged, journald = _requests_logged(small), small.show("systemd-journald", "MainPID")
-    small.run("kill", "-STOP", journald)
+    logged, journald = _requests_logged(learned), learned.show("systemd-journald", "MainPID")
+    learned.run("kill", "-STOP", journald)
     try:
-        slowest = _ask_for_another_model(small, _MORE_THAN_A_SOCKET_TAKES)
+        slowest = _ask_for_another_model(learned, _MORE_THAN_A_SOCKET_TAKES)
     finally:
-        small.run("kill", "-CONT", journald)
+        learned.run("kill", "-CONT", journald)
     watch.figure(**{"longest answer ms": round(slowest * 1000)})
     assert slowest < patient(1.0)
-    small.wait_until(lambda: _requests_logged(small) == logged + _MORE_THAN_A_SOCKET_TAKES, 20, "the log entries")
+    learned.wait_until(lambda: _requests_logged(learned) == logged + _MORE_THAN_A_SOCKET_TAKES, 20, "the log entries")
 
 
 _MORE_THAN_A_SOCKET_TAKES = 700
@@ -228,3 +199,38 @@ def _ask_for_another_model(small: Machine, times: int) -> float:
 
 def _requests_logged(small: Machine) -> int:
     return sum(str(entry.get("MESSAGE")).startswith("request ") for entry in small.journal(UNIT))
+
+
+@pytest.mark.row("21", "stop with an endless stream, drain 5 s")
+def test_a_stop_with_an_endless_stream_ends_at_the_deadline(learned: Machine, watch: Watch) -> None:
+    """The stream is cut with an error event after drain_timeout_s, long before systemd would kill."""
+    stream = _stream(learned)
+
+    watch.begin()
+    learned.run("systemctl", "stop", UNIT, timeout=100)
+    stopped_s = watch.passed_s
+    watch.mark("stopped")
+
+    text = stream.communicate(timeout=30)[0]
+    assert '"error"' in text
+    assert '"finish_reason":"length"' not in text
+    assert 4 < stopped_s < patient(20)
+    assert "success" == learned.show(UNIT, "Result")
+
+
+def test_what_never_fits_ends_failed_after_the_stated_number_of_starts(small: Machine) -> None:
+    """Exit 70 with the story, three times by systemd, and then the unit stays failed."""
+    small.run("systemctl", "stop", UNIT, timeout=100)
+    small.run("systemctl", "reset-failed", UNIT, check=False)
+    small.write(_FILE, _TEXT.format(kv_bytes=64 << 20, floor=4096))
+
+    small.run("systemctl", "start", UNIT, check=False, timeout=_START_LIMIT_S)
+
+    small.wait_until(lambda: small.show(UNIT, "ActiveState") == "failed", 300, "the unit to be failed")
+    entries = [str(entry.get("MESSAGE")) for entry in small.journal(UNIT)]
+    assert "70" == small.show(UNIT, "ExecMainStatus")
+    assert 3 == sum("starting -> failed" in each or "recovering -> failed" in each for each in entries)
+    assert any("systemd = 12" in each for each in entries), "the product of both limits is printed"
+    last = [entry for entry in small.journal(UNIT) if str(entry.get("MESSAGE")).startswith("exit ")][-1]
+    assert "kv_cache_too_small" in str(last["WHY"])
+    assert "floor_max_model_len" in str(last["WHY"])

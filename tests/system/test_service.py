@@ -1,4 +1,4 @@
-"""The unit on a booted systemd, with the real model."""
+"""The unit on a booted systemd, with the real model. A killed daemon: test_recovery.py; boots: test_reboot.py."""
 
 from __future__ import annotations
 
@@ -138,17 +138,6 @@ def test_restart_refuses_no_connection(served: Machine, tmp_path: Path) -> None:
     assert seen["answers"]["200"] > 100
 
 
-def test_killed_daemon_leaves_no_process_and_comes_back(served: Machine) -> None:
-    """After kill -9 of the daemon all old processes are gone, and systemd brings it back by itself."""
-    old, main = _pids(served), served.show(UNIT, "MainPID")
-    served.run("kill", "-9", main)
-    served.wait_until(lambda: served.show(UNIT, "MainPID") not in {"0", main}, 60, "a new daemon")
-    served.wait_until(lambda: served.show(UNIT, "SubState") == "running", _START_LIMIT_S, "READY")
-    assert old
-    assert not old & _pids(served)
-    assert "Paris" in _ask(served, "What is the capital of France?")
-
-
 def test_stop_lets_a_stream_finish_and_exits_0(served: Machine) -> None:
     """A stream that is open at SIGTERM ends with its last token; nothing is left of the service afterwards."""
     body = json.dumps(
@@ -257,11 +246,3 @@ def test_broken_file_fails_once_with_78_and_the_reason(box: Machine) -> None:
     finally:
         box.write("/etc/llm-serve/demo.toml", good)
         box.run("systemctl", "reset-failed", UNIT)
-
-
-def test_an_enabled_instance_serves_again_after_a_reboot(box: Machine) -> None:
-    """Nobody starts anything: after the boot the model answers."""
-    box.run("systemctl", "enable", UNIT)
-    box.reboot()
-    box.wait_until(lambda: box.show(UNIT, "SubState") == "running", _START_LIMIT_S, "READY after boot")
-    assert "Paris" in _ask(box, "What is the capital of France?")
