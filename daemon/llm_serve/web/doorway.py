@@ -13,17 +13,18 @@ from collections import deque
 _WIDTH = 4
 """More than one, for steps that are taken in threads (templates, tokenizers, images) leave the loop to others."""
 _EVERY_S = 0.004
-"""Whoever is on the way, another one follows after that. What takes long (a long text, an image) is read beside the
-loop, in nobody's way; and a loop that is late with everything is not helped by a queue in front of it."""
+"""Whoever is on the way, another one follows after that: what takes long (a long text, an image) is read beside the
+loop, in nobody's way. A loop that is late by as much has more to do than requests, which would only wait longer for
+it one by one: then all are let in."""
 
 
 class Doorway:
-    """Lets requests on their way in their order: `width` at a time, or one each `every_s` if those take longer."""
+    """Lets requests in, in their order: `width` at a time, one more each `every_s`; all when the loop is late."""
 
     def __init__(self, width: int = _WIDTH, every_s: float = _EVERY_S) -> None:
         self._width, self._every_s = width, every_s
         self._on_their_way = 0
-        self._last_at = 0.0
+        self._due_at = 0.0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -34,7 +35,7 @@ class Doorway:
             turn = loop.create_future()
             self._waiting.append(turn)
             if self._timer is None:
-                self._timer = loop.call_at(max(self._last_at, loop.time()) + self._every_s, self._tick)
+                self._wait(loop)
             try:
                 await turn
             except asyncio.CancelledError:
@@ -42,7 +43,7 @@ class Doorway:
                     self.left()  # it had been let in at that moment
                 raise
         else:
-            self._count(loop.time())
+            self._on_their_way += 1
         return Step(self)
 
     def left(self) -> None:
@@ -52,25 +53,25 @@ class Doorway:
             self._let_in(1)
 
     def _tick(self) -> None:
-        """Time has passed: for as many as it is enough for, also where this was called late."""
+        """Time has passed: the next one, or everybody where the loop is late."""
         self._timer = None
         loop = asyncio.get_running_loop()
-        self._let_in(max(1, int((loop.time() - self._last_at) / self._every_s)))
+        is_late = loop.time() - self._due_at > self._every_s
+        self._let_in(len(self._waiting) if is_late else 1)
         if self._waiting:
-            self._timer = loop.call_at(loop.time() + self._every_s, self._tick)
+            self._wait(loop)
+
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._due_at = loop.time() + self._every_s
+        self._timer = loop.call_at(self._due_at, self._tick)
 
     def _let_in(self, number: int) -> None:
-        now = asyncio.get_running_loop().time()
         while number and self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():  # else its client has gone
                 turn.set_result(None)
-                self._count(now)
+                self._on_their_way += 1
                 number -= 1
-
-    def _count(self, now: float) -> None:
-        self._on_their_way += 1
-        self._last_at = now
 
 
 class Step:
