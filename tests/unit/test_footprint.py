@@ -110,11 +110,15 @@ def test_all_parts_and_the_pool_are_what_the_engine_may_use() -> None:
     sums = budget(MODEL, NOW)
     assert sums.allowed == sums.weights + sums.step + sums.kept + sums.graphs + sums.pool
     assert sums.allowed == pytest.approx(0.92 * 24 * GIB, abs=1)
-    assert sums.step == 2048 * 128_000
+    assert sums.step == 2048 * 128_000 * 9 // 8  # the allocator's share
 
 
 def test_with_many_sequences_it_is_sampling_that_takes_most() -> None:
-    assert budget(MODEL, replace(NOW, max_num_seqs=1024)).step == 2048 * 7168 + 1024 * 300_000
+    assert budget(MODEL, replace(NOW, max_num_seqs=1024)).step == (2048 * 7168 + 1024 * 300_000) * 9 // 8
+
+
+def test_no_such_allocator_is_on_the_cpu() -> None:
+    assert budget(MODEL, replace(NOW, device="cpu")).step == 2048 * 128_000
 
 
 def test_a_fixed_cache_has_its_size_whatever_is_left() -> None:
