@@ -84,12 +84,13 @@ def test_every_one_serves_and_the_instance_is_whole(crowd: Daemon) -> None:
     assert {crowd.pid} == {each["pid"] for each in asked}
     assert {200} == set(ready)
     assert 1 == len(set(pages))
-    # Samples are of a second each, so what they say of all is what was generated, to their rounding and the last one.
+    # Samples are of a second each, so what they say of all is what was generated, but for the last one, and for seconds
+    # that were longer on a busy machine. One process's own share would be a quarter.
     told = [
         sum(dict(zip(each["columns"], row, strict=True))["generated_tokens_per_s"] for row in each["samples"])
         for each in histories
     ]
-    assert all(2 * COUNT * 40 * 0.8 <= total for total in told), told
+    assert all(2 * COUNT * 40 * 0.5 <= total for total in told), told
     assert 1 == len(set(counted)), counted
     assert before + 2 * COUNT == crowd.metric('llm_serve_requests_total{outcome="completed"}')
     assert tokens_before + 2 * COUNT * 40 == crowd.metric(tokens)

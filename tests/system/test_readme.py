@@ -65,6 +65,7 @@ INSTEAD: dict[str, Instead] = {
     "systemctl status": Instead(_IN_FULL),
     "llm-serve check": Instead(_IN_FULL),
     "llm-serve bench": Instead(_IN_FULL),
+    "vllm bench serve": Instead("what a figure of ours is compared with, not a thing to do"),
     "/opt/llm-serve/current/bin/pip install ray": Instead("there is no network here"),
     "ray start --head": Instead(_ELSEWHERE),
     "ray start --address=HEAD:6379": Instead(_ELSEWHERE),
