@@ -36,10 +36,7 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"server": {"api_keys": "/nonexistent/keys"}},
         ("/nonexistent/keys", "server.api_keys"),
     ),
-    "unknown option of vLLM's": (
-        {"engine": {"max_model_length": 8}},
-        ("engine.max_model_length:", "Did you mean max_model_len?"),
-    ),
+    "unknown option of vLLM's": ({"engine": {"max_num_seq": 8}}, ("engine.max_num_seq:", "Did you mean max_num_seqs?")),
 }
 """More of them: tests/contract/test_bad_files.py, without a process for each."""
 

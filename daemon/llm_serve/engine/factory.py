@@ -52,8 +52,7 @@ PROCESS_ENVIRONMENT = {
     # A rebuild need not measure again how much KV cache fits: 3 s on a GPU. See engine/startup_plans.py.
     "VLLM_ENABLE_STARTUP_PLAN": "1",
     # vLLM would let all streams speak after each 128 tokens that it reads, so a loop that is late sends each token by
-    # itself. All that is there is read first, and goes out in one piece for each stream: half as many pieces with 192
-    # streams, and 0.8 of the CPU.
+    # itself. All that is there is read first, and goes out in one piece for each stream.
     "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": "4096",
     # Else a process that gives itself a title overwrites its environment, by which a stray is known.
     "SPT_NOENV": "1",

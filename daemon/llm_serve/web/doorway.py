@@ -2,7 +2,7 @@
 
 That way costs milliseconds of the event loop: to parse, to render a template, to tokenize. Of many requests that come
 at once, each would do its first step before any does its second, and the first would reach the engine along with the
-last. One after the other they need as long in all, but half as long on average, and the engine begins with the first.
+last. One after the other most arrive sooner, and the engine begins with the first; the last ones may arrive later.
 """
 
 from __future__ import annotations
