@@ -51,8 +51,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def llm_serve(model: Path, cache: Path) -> Iterator[Running]:
-    """`llm-serve run FILE`."""
+def llm_serve(model: Path, cache: Path, daemon: Path | None = None) -> Iterator[Running]:
+    """`llm-serve run FILE`; of another checkout whose `daemon/` is this one."""
     port = _free_port()
     options = "\n".join(f"{name} = {json.dumps(value)}" for name, value in ARGUMENTS.items())
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,8 @@ def llm_serve(model: Path, cache: Path) -> Iterator[Running]:
             f'[engine]\nserved_model_name = ["{MODEL_NAME}"]\n{options}\n'
         )
         command = [sys.executable, "-c", "from llm_serve.cli.main import main; main()", "run", str(file)]
-        with _started(command, port, cache, {"XDG_RUNTIME_DIR": folder}) as running:
+        more = {"XDG_RUNTIME_DIR": folder} | ({"PYTHONPATH": str(daemon)} if daemon else {})
+        with _started(command, port, cache, more) as running:
             yield running
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 
 from llm_serve.core.figures import percentile
+from tests.bench import load
 from tests.daemon import MODEL_NAME, free_port
 from tests.gpu import recovery
 
@@ -40,36 +41,6 @@ Seen = tuple[float, list[float], float]
 
 
 # ---- clients ------------------------------------------------------------------------------------------
-
-
-async def _client(url: str, streams: int, requests: int) -> tuple[list[float], int]:
-    """One process's part of a load: seconds to the first token, in the order of the ends, and the number of events."""
-    import aiohttp  # the GPU machine's python has it, the daemon does not need it
-
-    left, first, events = iter(range(requests)), [], 0
-
-    async def worker(session: aiohttp.ClientSession) -> None:
-        nonlocal events
-        for _ in left:
-            began, took, chunks = time.perf_counter(), 0.0, 0
-            async with session.post(f"{url}/v1/chat/completions", json=_body()) as answer:
-                assert answer.status == 200, await answer.text()
-                async for chunk in answer.content.iter_any():
-                    took = took or time.perf_counter() - began
-                    chunks += chunk.count(b"data: {")
-            assert chunks > 1, "an answer that was cut"
-            first.append(took)
-            events += chunks
-
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        await asyncio.gather(*(worker(session) for _ in range(streams)))
-    return first, events
-
-
-def _body() -> dict[str, Any]:
-    words = " ".join(random.choice(["sun", "sea", "wind", "rock", "tree", "bird", "fish", "salt"]) for _ in range(12))
-    return {"model": MODEL_NAME, "messages": [{"role": "user", "content": words}], "max_tokens": _TOKENS,
-            "ignore_eos": True, "stream": True, "temperature": 0}  # fmt: skip
 
 
 def _over_http(url: str, streams: int) -> Seen:
@@ -166,7 +137,7 @@ async def _engine(model: str) -> None:
     )
     params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True, temperature=0, output_kind=RequestOutputKind.DELTA)
 
-    async def load(streams: int) -> tuple[float, list[float]]:
+    async def measure(streams: int) -> tuple[float, list[float]]:
         left, first = iter(range(streams * _PER_STREAM)), []
 
         async def worker() -> None:
@@ -182,7 +153,7 @@ async def _engine(model: str) -> None:
         return time.perf_counter() - began, first
 
     while line := await asyncio.to_thread(sys.stdin.readline):
-        seconds, first = await load(int(line))
+        seconds, first = await measure(int(line))
         print(json.dumps({"seconds": seconds, "first": first}), flush=True)
     llm.shutdown()
 
@@ -213,7 +184,7 @@ def main() -> None:
     if given.client:
         url, streams, requests = given.client
         began = time.time()
-        first, events = asyncio.run(_client(url, int(streams), int(requests)))
+        first, events = asyncio.run(load.chats(url, MODEL_NAME, int(streams), int(requests), _TOKENS))
         return print(json.dumps({"began": began, "ended": time.time(), "first": first, "events": events}))
     if given.engine:
         return asyncio.run(_engine(given.model))
@@ -228,12 +199,12 @@ def main() -> None:
     return None
 
 
-def _measure(name: str, stage: recovery.Stage, loads: list[int], rounds: int) -> dict[str, Any]:
+def _measure(name: str, stage: recovery.Stage, counts: list[int], rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
     try:
         with SERVERS[name](stage) as ask:
             ask(64)  # warm-up: what is compiled at the first request
-            for streams in loads:
+            for streams in counts:
                 seen = [ask(streams) for _ in range(rounds)]
                 row[f"requests/s @{streams}"] = round(
                     statistics.median(len(first) / seconds for seconds, first, _ in seen), 1

@@ -114,7 +114,6 @@ class Model:
             more = message["more_body"]
         self.seen.append((scope["path"], body))
         self.ids.append(dict(scope["headers"])[b"x-request-id"])
-        passage.here().arrive()
         await self.go_on.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"inner")]})
         await send({"type": "http.response.body", "body": body[:1], "more_body": True})

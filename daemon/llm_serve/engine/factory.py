@@ -224,6 +224,7 @@ class Factory:
                 arguments,
                 effective,
                 forced,
+                gathering,
                 long_texts,
                 media_cache,
                 numa,
@@ -252,6 +253,7 @@ class Factory:
             media_cache.install()
             long_texts.install()
             pieces.install()
+            gathering.install()
             forkserver.install()
             self._collector.phase = LAUNCHING
             steps = StepWatch()

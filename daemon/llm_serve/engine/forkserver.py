@@ -160,8 +160,13 @@ def outlive_the_server(name: str) -> None:
 
 @contextlib.contextmanager
 def environment(changes: Mapping[str, str]) -> Any:
-    """Set variables for the length of a block. Processes started inside inherit them."""
+    """Set variables for the length of a block. Processes started inside inherit them.
+
+    After it vLLM, where it is loaded, does not look into the environment any more until the next block: with every
+    token that it reads it would do so several times.
+    """
     before = {name: os.environ.get(name) for name in changes}
+    _remember_settings(are_fixed=False)
     os.environ.update(changes)
     try:
         yield
@@ -171,6 +176,15 @@ def environment(changes: Mapping[str, str]) -> Any:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        _remember_settings(are_fixed=True)
+
+
+def _remember_settings(*, are_fixed: bool) -> None:
+    """Let vLLM remember its environment variables, or read them again."""
+    envs: Any = sys.modules.get("vllm.envs")
+    if envs is not None and hasattr(envs, "disable_envs_cache"):
+        with contextlib.suppress(Exception):  # of a value that means nothing, whoever uses it tells
+            envs.enable_envs_cache() if are_fixed else envs.disable_envs_cache()
 
 
 def die_with_parent(parent: int) -> None:
@@ -263,9 +277,7 @@ def _enter_child(env: dict[str, str], target: Callable[..., Any], args: tuple[An
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     numa.bind(os.environ.pop(numa.ARGUMENTS_VARIABLE, ""))  # it is this process's, not its children's
     _take_cpus(env)
-    envs: Any = importlib.import_module("vllm.envs")
-    if hasattr(envs, "disable_envs_cache"):
-        envs.disable_envs_cache()
+    _remember_settings(are_fixed=False)
     return target(*args, **kwargs)
 
 

@@ -25,6 +25,7 @@ def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed:
     app = vllm_build_app(args, tuple(tasks), model_config)
     # Web pages of other origins are let in, or not, before the gate (web/origins.py).
     app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
+    app.middleware_stack = None  # vLLM's bootstrap has built it with that already
     app.router.routes = [route for route in app.router.routes if _is_allowed(route, allowed)]
     app.router.default = _not_served
     # vLLM's error handlers look at a server that they may stop; ours is not theirs to stop.

@@ -25,7 +25,6 @@ from llm_serve.host.logs import get_logger
 from llm_serve.web.answer import Answer
 from llm_serve.web.asgi import Asgi, Receive, Scope, Send
 from llm_serve.web.assets import ASSETS
-from llm_serve.web.doorway import Doorway
 from llm_serve.web.errors import error_response
 from llm_serve.web.hold import Body, Budget, Reading, Verdict, Waiter
 from llm_serve.web.keys import Keys
@@ -74,7 +73,6 @@ class Gate:
         self._admission: Admission[Waiter] = Admission(limits.max_queued, is_shared=keys.are_shared, company=company)
         self._ticker = Ticker(limits.stream_keep_alive_s)
         self._budget = Budget()
-        self._doorway = Doorway()
         self._refusal: Refusal | None = None
         self._closed_at: float | None = time.monotonic()
         self._past_s: deque[float] = deque(maxlen=_REMEMBERED)
@@ -277,14 +275,12 @@ class Gate:
         return "rejected"
 
     async def _pass(self, model: Asgi, scope: Scope, receive: Receive, answer: Answer) -> str:
-        step = await self._doorway.enter()
-        journey = passage.Passage(arrive=step.leave)
+        journey = passage.Passage()
         token = passage.current.set(journey)
         try:
             await model(scope, receive, answer)
         finally:
             passage.current.reset(token)
-            step.leave()
         return "rejected" if answer.is_refused else journey.outcome(is_complete=answer.is_complete)
 
 
