@@ -23,7 +23,7 @@ from pathlib import Path
 
 from llm_serve.core.figures import percentile
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
-from tests.bench import load, servers
+from tests.bench import chats, servers
 
 _TOKENS, _PER_STREAM = 50, 8
 _SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
@@ -43,7 +43,7 @@ def measure(running: servers.Running, streams: int) -> Figures:
     """One load."""
     loop, process = _cpu_s(running.process.pid)
     began = time.perf_counter()
-    first, events = asyncio.run(load.chats(running.url, servers.MODEL_NAME, streams, streams * _PER_STREAM, _TOKENS))
+    first, events = asyncio.run(chats.run(running.url, servers.MODEL_NAME, streams, streams * _PER_STREAM, _TOKENS))
     seconds = time.perf_counter() - began
     loop, process = (after - before for after, before in zip(_cpu_s(running.process.pid), (loop, process), strict=True))
     return {

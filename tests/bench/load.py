@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 import time
-from typing import Any
 
 import aiohttp
 
@@ -23,7 +21,6 @@ _PROMPTS = (
     "My favourite food is",
     "Rain fell on",
 )
-_WORDS = ("sun", "sea", "wind", "rock", "tree", "bird", "fish", "salt")
 
 
 async def run(url: str, model: str, *, streams: int, requests: int, tokens: int) -> Figures:
@@ -35,38 +32,6 @@ async def run(url: str, model: str, *, streams: int, requests: int, tokens: int)
         loop = Loop(session, Asking(model, completions=True), asks, asyncio.Event())
         await loop.closed(tally, streams, requests=requests)
     return figures(Step(streams=streams), tally.samples, began_s=tally.began_s, generator=tally.generator)
-
-
-async def chats(url: str, model: str, streams: int, requests: int, tokens: int) -> tuple[list[float], int]:
-    """Keep `streams` short chats running until `requests` have been answered, each streamed and of `tokens` tokens.
-
-    Returns seconds to the first event of each, in the order of their ends, and how many events they had in all. No
-    event is read but counted: the client is to cost as little as it can.
-    """
-    left, first, events = iter(range(requests)), [], 0
-
-    async def one_after_another(session: aiohttp.ClientSession) -> None:
-        nonlocal events
-        for _ in left:
-            began, took, chunks = time.perf_counter(), 0.0, 0
-            async with session.post(f"{url}/v1/chat/completions", json=_chat(model, tokens)) as answer:
-                assert answer.status == 200, await answer.text()
-                async for chunk in answer.content.iter_any():
-                    took = took or time.perf_counter() - began
-                    chunks += chunk.count(b"data: {")
-            assert chunks > 1, "an answer that was cut"
-            first.append(took)
-            events += chunks
-
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        await asyncio.gather(*(one_after_another(session) for _ in range(streams)))
-    return first, events
-
-
-def _chat(model: str, tokens: int) -> dict[str, Any]:
-    words = " ".join(random.choice(_WORDS) for _ in range(12))
-    return {"model": model, "messages": [{"role": "user", "content": words}], "max_tokens": tokens,
-            "ignore_eos": True, "stream": True, "temperature": 0}  # fmt: skip
 
 
 async def probe(url: str, path: str, *, seconds: float, every_s: float = 0.05) -> list[float]:

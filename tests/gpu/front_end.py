@@ -28,7 +28,6 @@ from typing import Any
 import httpx
 
 from llm_serve.core.figures import percentile
-from tests.bench import load
 from tests.daemon import MODEL_NAME, free_port
 from tests.gpu import recovery
 
@@ -44,8 +43,8 @@ Seen = tuple[float, list[float], float]
 
 
 def _over_http(url: str, streams: int) -> Seen:
-    command = [sys.executable, "-m", "tests.gpu.front_end", "--model", "-", "--client", url]
-    parts = [str(streams // _CLIENTS), str(streams // _CLIENTS * _PER_STREAM)]
+    command = [sys.executable, "-m", "tests.bench.chats", url, MODEL_NAME]
+    parts = [str(streams // _CLIENTS), str(streams // _CLIENTS * _PER_STREAM), str(_TOKENS)]
     clients = [subprocess.Popen([*command, *parts], stdout=subprocess.PIPE, text=True) for _ in range(_CLIENTS)]
     reports = [json.loads(client.communicate()[0]) for client in clients]
     # By the clients' own clocks: how long their interpreters take to start is not the server's doing.
@@ -178,14 +177,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path)
-    parser.add_argument("--client", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.client:
-        url, streams, requests = given.client
-        began = time.time()
-        first, events = asyncio.run(load.chats(url, MODEL_NAME, int(streams), int(requests), _TOKENS))
-        return print(json.dumps({"began": began, "ended": time.time(), "first": first, "events": events}))
     if given.engine:
         return asyncio.run(_engine(given.model))
     rows: dict[str, Any] = {}
