@@ -11,65 +11,72 @@ from __future__ import annotations
 import asyncio
 import importlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 _WINDOW_S = 0.05
 _BUSY, _IDLE = 0.8, 0.5
 """Shares of the time in which the loop's thread is on a CPU: above one pieces gather longer, below the other less."""
-_BEATS_S = (0.0, 0.01, 0.02, 0.03, 0.05)
+BEATS_S = (0.0, 0.01, 0.02, 0.03, 0.05)
 """Time between two pieces of one answer, at least. The last is still twenty pieces a second."""
 
 
 class Beat:
-    """How long pieces gather at the moment, and whose do."""
+    """How long pieces gather at the moment, and whose do. `used_s` tells how long the loop's thread was on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, used_s: Callable[[], float] = time.thread_time
+    ) -> None:
+        self._clock, self._used_s = clock, used_s
         self._level = 0
-        self._since, self._used = time.monotonic(), time.thread_time()
+        self._since, self._used = clock(), used_s()
         self._gathering: list[asyncio.Event] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def interval_s(self) -> float:
         """Seconds between two pieces, by how busy the calling thread was lately. 0 while it has air."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._since >= _WINDOW_S:
-            used = time.thread_time()
+            used = self._used_s()
             self._judge((used - self._used) / (now - self._since))
             self._since, self._used = now, used
-        return _BEATS_S[self._level]
+        return BEATS_S[self._level]
 
     def _judge(self, busy: float) -> None:
         if busy > _BUSY:
-            self._level = min(self._level + 1, len(_BEATS_S) - 1)
+            self._level = min(self._level + 1, len(BEATS_S) - 1)
         elif busy < _IDLE:
             self._level = max(self._level - 1, 0)
 
     def wait(self, ready: asyncio.Event, interval_s: float) -> None:
         """Set it with the next beat."""
-        if not self._gathering:
-            asyncio.get_running_loop().call_later(interval_s, self._beat)
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # none is set, or by a loop that has ended
+            loop.call_later(interval_s, self._beat)
+            self._loop, self._gathering = loop, []
         self._gathering.append(ready)
 
     def _beat(self) -> None:
+        self._loop = None
         gathering, self._gathering = self._gathering, []
         for ready in gathering:
             ready.set()
-
-
-_BEAT = Beat()
 
 
 def install() -> None:
     """Give AsyncLLM collectors that can wait. A second call does nothing."""
     module: Any = importlib.import_module("vllm.v1.engine.async_llm")
     if not issubclass(module.RequestOutputCollector, _Waits):
-        module.RequestOutputCollector = _collector(module.RequestOutputCollector)
+        module.RequestOutputCollector = collector(module.RequestOutputCollector, Beat())
 
 
 class _Waits:
     """Marks a collector that can."""
 
 
-def _collector(kind: Any) -> Any:
+def collector(kind: Any, beat: Beat) -> Any:
+    """VLLM's collector (`kind`), in this beat."""
+
     class Collector(kind, _Waits):  # type: ignore[misc]  # vLLM's types are Any here
         """Between the engine's outputs and the one who sends them: what is there is merged until it is asked for."""
 
@@ -80,9 +87,9 @@ def _collector(kind: Any) -> Any:
             """Keep it, and wake the one who sends it now or with the next beat."""
             is_between = self.has_spoken and not getattr(output, "finished", True)
             self.has_spoken = True
-            if is_between and self.output is None and (interval_s := _BEAT.interval_s()):
+            if is_between and self.output is None and (interval_s := beat.interval_s()):
                 self.output = output
-                _BEAT.wait(self.ready, interval_s)
+                beat.wait(self.ready, interval_s)
                 return
             super().put(output)
             if not is_between:
