@@ -474,6 +474,40 @@ def test_no_web_page_may_talk_to_the_model_by_default(arguments: Any) -> None:
     assert [] == arguments.allowed_origins
     assert CORSMiddleware in {each.cls for each in build_app(arguments, ("generate",), None).user_middleware}
     assert CORSMiddleware not in {each.cls for each in ours.user_middleware}
+    assert ours.middleware_stack is None, "what vLLM built before is still asked"
+    layers = [ours.build_middleware_stack()]
+    while hasattr(layers[-1], "app"):
+        layers.append(layers[-1].app)
+    assert len(layers) > 3
+    assert not any(isinstance(each, CORSMiddleware) for each in layers)
+
+
+def test_vllm_looks_into_the_environment_only_while_an_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each token it would look several times; the next engine's variables are seen all the same."""
+    monkeypatch.setenv("VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT", "7")
+    try:
+        with forkserver.environment({"VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "8"}):
+            assert 8 == envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
+        assert 7 == envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
+        monkeypatch.setenv("VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT", "9")
+        assert 7 == envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
+        with forkserver.environment({"VLLM_SOMETHING": "1"}):
+            assert 9 == envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
+        assert 9 == envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
+    finally:
+        envs.disable_envs_cache()
+
+
+def test_a_variable_that_means_nothing_is_told_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where all of them are remembered."""
+    monkeypatch.setenv("VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT", "soon")
+    try:
+        with forkserver.environment({}):
+            pass
+        with pytest.raises(ValueError, match="soon"):
+            assert envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
+    finally:
+        envs.disable_envs_cache()
 
 
 # Metrics.
