@@ -225,6 +225,7 @@ class Factory:
                 effective,
                 forced,
                 gathering,
+                grammars,
                 long_texts,
                 media_cache,
                 numa,
@@ -254,6 +255,7 @@ class Factory:
             long_texts.install()
             pieces.install()
             gathering.install()
+            grammars.install()
             forkserver.install()
             self._collector.phase = LAUNCHING
             steps = StepWatch()

@@ -23,7 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from llm_serve import passage
 from llm_serve.core.company import ALONE, Company
 from llm_serve.core.suspects import Suspects
-from llm_serve.engine import resume
+from llm_serve.engine import grammars, resume
 from llm_serve.engine.delivered import Delivered
 from llm_serve.engine.resume import Asked, CannotResumeError
 from llm_serve.host.logs import get_logger
@@ -179,6 +179,7 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
         """Ask one engine after another until the answer is complete."""
         attempt, journey = 0, passage.here()
         with self._entered(request_id, prompt, params) as name:
+            await grammars.check(params, self._llm)
             while True:
                 llm, epoch = await self._turn(name, journey), self.epoch
                 try:

@@ -29,6 +29,7 @@ from llm_serve.web.errors import error_response
 from llm_serve.web.hold import Body, Budget, Reading, Verdict, Waiter
 from llm_serve.web.keys import Keys
 from llm_serve.web.limits import Limits, not_allowed, too_large, took_too_long
+from llm_serve.web.long_bodies import LongBodies
 from llm_serve.web.sse import STREAMED, Ticker
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", *ASSETS})
@@ -73,6 +74,7 @@ class Gate:
         self._admission: Admission[Waiter] = Admission(limits.max_queued, is_shared=keys.are_shared, company=company)
         self._ticker = Ticker(limits.stream_keep_alive_s)
         self._budget = Budget()
+        self._long_bodies = LongBodies()
         self._refusal: Refusal | None = None
         self._closed_at: float | None = time.monotonic()
         self._past_s: deque[float] = deque(maxlen=_REMEMBERED)
@@ -204,7 +206,10 @@ class Gate:
             return await self._refuse(Refusal(message, self._retry_after_s()), "full", scope, body, answer)
         if reading is Reading.too_long:
             response = too_large(limits.max_body_bytes)
-        elif limits.edge is not None and (refused := limits.edge.refusal(body.content)) is not None:
+        elif (
+            limits.edge is not None
+            and (refused := await self._long_bodies.look(limits.edge.refusal, body.content)) is not None
+        ):
             response = not_allowed(refused)
         else:
             return ""
