@@ -99,6 +99,8 @@ def played(shape: Shape, folder: Path) -> Callable[[], bool]:
     """A whole trial."""
 
     def play() -> bool:
+        # Where an earlier test has computed something, a fork of its process has no threads to compute with.
+        torch.set_num_threads(1)
         attention_layer.register_model()
         attention_layer.run(attention_layer.engine_config(shape, "CPU_ATTN", folder), shape)
         return True

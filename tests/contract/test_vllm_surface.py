@@ -489,6 +489,7 @@ def test_vllm_looks_into_the_environment_only_while_an_engine_is_built(monkeypat
         with forkserver.environment({"VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT": "8"}):
             assert 8 == envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
         assert 7 == envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
+        forkserver.remember_settings()
         monkeypatch.setenv("VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT", "9")
         assert 7 == envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
         with forkserver.environment({"VLLM_SOMETHING": "1"}):
@@ -502,8 +503,7 @@ def test_a_variable_that_means_nothing_is_told_where_it_is_used(monkeypatch: pyt
     """Not where all of them are remembered."""
     monkeypatch.setenv("VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT", "soon")
     try:
-        with forkserver.environment({}):
-            pass
+        forkserver.remember_settings()
         with pytest.raises(ValueError, match="soon"):
             assert envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT
     finally:

@@ -243,7 +243,9 @@ def _as_argv(name: str, value: object, action: argparse.Action) -> list[str]:
         has_negative = isinstance(action, argparse.BooleanOptionalAction)
         return ["--no-" + flag.removeprefix("--")] if has_negative else []
     if isinstance(value, list | tuple) and action.nargs in ("+", "*"):
-        return [flag, *map(_as_word, value)]
+        if len(value) != 1:
+            return [flag, *map(_as_word, value)]
+        value = value[0]
     # With `=`, a value that begins with - stays a value.
     return [f"{flag}={_as_word(value)}"]
 

@@ -150,6 +150,7 @@ def build(offered: bytes, place: int, places: int) -> Client:
                 client_count=places,
                 client_index=place,
             )
+    forkserver.remember_settings()
     steps.attach(llm.output_processor.get_num_unfinished_requests)
     return Client(llm, offer.args, steps, requests)
 

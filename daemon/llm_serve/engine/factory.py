@@ -173,6 +173,7 @@ class Factory:
             raise StartError(evidence) from error
         finally:
             watching.cancel()
+        forkserver.remember_settings()
         engine.processes = self.ending.engine_processes()
         self.ending.note_leftovers()
         return engine

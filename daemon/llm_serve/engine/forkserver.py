@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import importlib.util
 import multiprocessing as mp
 import multiprocessing.context
@@ -160,13 +161,9 @@ def outlive_the_server(name: str) -> None:
 
 @contextlib.contextmanager
 def environment(changes: Mapping[str, str]) -> Any:
-    """Set variables for the length of a block. Processes started inside inherit them.
-
-    After it vLLM, where it is loaded, does not look into the environment any more until the next block: with every
-    token that it reads it would do so several times.
-    """
+    """Set variables for the length of a block. Processes started inside inherit them, and vLLM looks at them again."""
     before = {name: os.environ.get(name) for name in changes}
-    _remember_settings(are_fixed=False)
+    forget_settings()
     os.environ.update(changes)
     try:
         yield
@@ -176,15 +173,22 @@ def environment(changes: Mapping[str, str]) -> Any:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _remember_settings(are_fixed=True)
 
 
-def _remember_settings(*, are_fixed: bool) -> None:
-    """Let vLLM remember its environment variables, or read them again."""
+def remember_settings() -> None:
+    """Let vLLM read its environment variables once, until the next `environment`: now with every token, several times.
+
+    Call it when an engine has been built.
+    """
+    with contextlib.suppress(Exception):  # of a value that means nothing, whoever uses it tells
+        importlib.import_module("vllm.envs").enable_envs_cache()
+
+
+def forget_settings() -> None:
+    """Let vLLM, where it is loaded, read its environment variables whenever it wants one."""
     envs: Any = sys.modules.get("vllm.envs")
-    if envs is not None and hasattr(envs, "disable_envs_cache"):
-        with contextlib.suppress(Exception):  # of a value that means nothing, whoever uses it tells
-            envs.enable_envs_cache() if are_fixed else envs.disable_envs_cache()
+    if hasattr(envs, "disable_envs_cache"):
+        envs.disable_envs_cache()
 
 
 def die_with_parent(parent: int) -> None:
@@ -277,7 +281,7 @@ def _enter_child(env: dict[str, str], target: Callable[..., Any], args: tuple[An
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     numa.bind(os.environ.pop(numa.ARGUMENTS_VARIABLE, ""))  # it is this process's, not its children's
     _take_cpus(env)
-    _remember_settings(are_fixed=False)
+    forget_settings()
     return target(*args, **kwargs)
 
 

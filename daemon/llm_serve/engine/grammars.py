@@ -1,27 +1,30 @@
-"""Has schemas, patterns and grammars of requests looked at beside the event loop.
+"""Has schemas, patterns and grammars of requests looked at beside the event loop, and compiled behind everybody else.
 
 vLLM makes a grammar of each to see whether it can: fractions of a millisecond for what people write, more than a second
 for what somebody thought up, in which the loop would answer nobody. xgrammar lets other threads go on meanwhile. One
 thread does it for all, so that those who send such things wait for each other; what was quick before is looked at by
-vLLM where it always was.
+vLLM where it always was. The engine compiles what was found good, in threads of its own, and those step back as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from typing import Any
 
+from llm_serve.host.cpus import step_back
+
 _QUICK_S = 0.005
 _REMEMBERED = 256
 _DONE = "llm_serve_grammar_is_checked"
-"""An attribute of SamplingParams, which vLLM leaves room for; it does not travel to the engine."""
+"""An attribute of SamplingParams, which vLLM leaves room for; it does not travel to the engine, nor into a clone."""
 
-_aside = ThreadPoolExecutor(1, "grammars")
+_aside = ThreadPoolExecutor(1, "grammars", initializer=step_back)
 _quick: OrderedDict[int, None] = OrderedDict()
 
 
@@ -64,3 +67,16 @@ def _took_s(params: Any, configurations: tuple[Any, ...]) -> float:
     began = time.thread_time()
     params._validate_structured_outputs(*configurations)  # noqa: SLF001 - what is public does more
     return time.thread_time() - began
+
+
+def install_in_engines() -> None:
+    """Have the engines that this process forks compile grammars while nobody else wants the CPU."""
+    module: Any = importlib.import_module("vllm.v1.structured_output")
+    create = module.StructuredOutputManager._create_grammar  # noqa: SLF001 - what its threads run
+
+    def _create_grammar(self: Any, request: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            step_back()
+        return create(self, request)
+
+    module.StructuredOutputManager._create_grammar = _create_grammar  # noqa: SLF001

@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Iterator
 
-from llm_serve.engine import forkserver, loading, orphans, relay, startup_plans
+from llm_serve.engine import forkserver, grammars, loading, orphans, relay, startup_plans
 
 _ALWAYS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor", "vllm.v1.structured_output")
 _CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.v1.attention.backends.cpu_attn")
@@ -128,6 +128,7 @@ _load(_modules([name for name in os.environ.get(forkserver.ARCHITECTURES_VARIABL
 forkserver.install()
 startup_plans.install()
 orphans.install()
+grammars.install_in_engines()
 _hash_triton()
 _tell_ends()
 _freeze()
