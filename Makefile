@@ -70,6 +70,7 @@ bench: dev ## measure against vLLM's own server: start, load, memory, idle CPU, 
 	@$(BIN)/python -m tests.bench.bench_decode $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_serve $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_survivor $(BENCH_ARGS)
+	@$(BIN)/python -m tests.bench.bench_front_end $(BENCH_ARGS)
 	@$(BIN)/python -m tests.bench.bench_recovery $(BENCH_ARGS)
 
 deb: setup ## build the Debian package in dist/, with debhelper

@@ -1,6 +1,6 @@
 """What the process that answers HTTP costs: ours, vLLM's own server, and ours of another checkout, turn by turn.
 
-    python -m tests.bench.bench_front_end [--streams 64] [--rounds 5] [--against CHECKOUT] [--json FILE]
+    python -m tests.bench.bench_front_end [--model FOLDER] [--streams 64] [--rounds 5] [--against CHECKOUT] [--json FILE]
 
 All run at once and are loaded one after the other, with short streamed chats. Their model has one small layer with made
 up weights, so that the engine is quick and HTTP is most of the work. On a machine with few CPUs the engines and the
@@ -66,13 +66,14 @@ def _cpu_s(pid: int) -> tuple[float, float]:
 def main() -> None:
     """Measure, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="whose tokenizer and kind are taken; the demo's without it")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", type=Path, help="another checkout of llm-serve")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     servers.ARGUMENTS |= {"max_num_seqs": given.streams, "load_format": "dummy"}
-    demo = ensure_demo_model(default_cache(os.environ), print)
+    demo = given.model or ensure_demo_model(default_cache(os.environ), print)
     with tempfile.TemporaryDirectory(prefix="llm-serve-bench-") as folder, contextlib.ExitStack() as stack:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         model, cache = small_model(demo, Path(folder) / "model"), Path(folder) / "cache"

@@ -14,7 +14,7 @@ import pytest
 
 from llm_serve.web import assets, operations
 from llm_serve.web.assets import ASSETS
-from tests.unit.test_gate import Call, gate, snapshot
+from tests.doors import Call, gate, snapshot
 
 FOLDER = Path(assets.__file__).parent / "page"
 PAGE_LIMIT = 45_000
