@@ -383,6 +383,31 @@ def test_weights_that_do_not_fit_may_be_somebody_elses_doing(used: tuple[int, ..
     assert ("quantised" in failure.advice) is (kind is K.weights_do_not_fit)
 
 
+@pytest.mark.parametrize(
+    ("free", "total", "kind"),
+    [
+        ("139.29", "139.8", K.share_too_large),
+        ("23.2", "23.7", K.share_too_large),
+        ("22.0", "23.7", K.memory_held),
+        ("8.77", "139.8", K.memory_held),
+    ],
+)
+@pytest.mark.parametrize(
+    "holders", [(), (Holder(0, 4711, "python", 100 * MIB),)], ids=["nobody", "somebody with little"]
+)
+def test_a_share_that_nobody_else_makes_too_large_is_called_so(
+    free: str, total: str, kind: Kind, holders: tuple[Holder, ...]
+) -> None:
+    """The driver and the engine's context take their part; there is nobody to wait for."""
+    text = f"Free memory on device cuda:0 ({free}/{total} GiB) on startup is less than desired GPU memory utilization"
+    record = ErrorRecord(CORE, "builtins.ValueError", f"{text} (0.999, {total} GiB).")
+    failure = classify(Evidence(errors=(record,), gpu_holders=holders))
+
+    assert kind is failure.kind
+    assert ("nobody else" in failure.advice) is (kind is K.share_too_large)
+    assert "gpu_memory_utilization" in failure.advice or holders
+
+
 def test_who_holds_the_memory_is_named() -> None:
     """A7: the message itself names nobody."""
     record = EXCEPTIONS["A7 somebody else's memory"].record

@@ -99,6 +99,7 @@ NO_CACHE = Kind.no_kv_cache
         pytest.param(fails(Kind.memory_held, free_bytes=12 * GIB, total_bytes=24 * GIB), BUILT, {"gpu_memory_utilization": 0.49}, id="held"),
         pytest.param(fails(Kind.memory_held, free_bytes=30, total_bytes=100), replace(BUILT, gpu_memory_utilization=0.31), NoStep, id="held: too little"),
         pytest.param(fails(Kind.memory_held, free_bytes=31, total_bytes=100), BUILT, {"gpu_memory_utilization": 0.3}, id="held: just enough"),
+        pytest.param(fails(Kind.share_too_large, free_bytes=99, total_bytes=100), replace(BUILT, gpu_memory_utilization=0.999), {"gpu_memory_utilization": 0.98}, id="more than there is"),
         pytest.param(fails(Kind.memory_held, free_bytes=95, total_bytes=100), BUILT, NoStep, id="held: it would have fitted"),
         pytest.param(fails(Kind.memory_held), BUILT, NoStep, id="held: no numbers"),
         pytest.param(fails(Kind.host_out_of_memory, Place.serving), BUILT, NoStep, id="host memory on a GPU"),
@@ -353,15 +354,16 @@ def test_no_eager_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in Kind if kind not in {
     Kind.kv_cache_too_small, Kind.no_kv_cache, Kind.out_of_memory, Kind.too_many_sequences, Kind.memory_held,
+    Kind.share_too_large,
 }])  # fmt: skip
 def test_what_is_no_matter_of_size_has_no_rung(kind: Kind) -> None:
-    """On a GPU only the five kinds of memory have rungs; every other kind has advice."""
+    """On a GPU only the six kinds of memory have rungs; every other kind has advice."""
     answers = [next_step(course(), fails(kind, place), BUILT, FLOORS) for place in Place]
 
     assert [] == [answer for answer in answers if not (isinstance(answer, NoStep) and answer.advice)]
 
 
-MEMORY_KINDS = (*[Kind.out_of_memory] * 3, Kind.kv_cache_too_small, Kind.no_kv_cache, Kind.too_many_sequences, Kind.memory_held, Kind.host_out_of_memory)  # fmt: skip
+MEMORY_KINDS = (*[Kind.out_of_memory] * 3, Kind.kv_cache_too_small, Kind.no_kv_cache, Kind.too_many_sequences, Kind.memory_held, Kind.share_too_large, Kind.host_out_of_memory)  # fmt: skip
 AMOUNTS = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_memory_bytes")
 
 

@@ -53,6 +53,7 @@ def test_a_lost_gpu_ends_the_process(kind: Kind) -> None:
     ("kind", "responses"),
     [
         (Kind.memory_held, ["again", "again", "again", "shrink", "shrink"]),
+        (Kind.share_too_large, ["shrink"] * 3),
         (Kind.start_stalled, ["again", "switch", "switch"]),
         (Kind.stalled, ["again", "again", "switch", "switch"]),
         (Kind.killed, ["again"] * 9),
@@ -76,7 +77,13 @@ def test_a_crash_while_serving_changes_no_plan() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "times"),
-    [(Kind.out_of_memory, 1), (Kind.kv_cache_too_small, 1), (Kind.memory_held, 4), (Kind.attention_backend, 1)],
+    [
+        (Kind.out_of_memory, 1),
+        (Kind.kv_cache_too_small, 1),
+        (Kind.memory_held, 4),
+        (Kind.share_too_large, 1),
+        (Kind.attention_backend, 1),
+    ],
 )
 def test_a_change_of_plan_is_one_step(kind: Kind, times: int) -> None:
     """What helps is taken, and says for which failure."""
@@ -88,18 +95,6 @@ def test_a_change_of_plan_is_one_step(kind: Kind, times: int) -> None:
     assert isinstance(step, Step)
     assert step.kind is kind
     assert (kind is not Kind.attention_backend) == step.is_rung
-
-
-@pytest.mark.parametrize(
-    ("free_gib", "total_gib", "is_at_once"), [(139.29, 139.80, True), (23.2, 23.7, True), (22.0, 23.7, False)]
-)
-def test_nobody_is_waited_for_where_nobody_holds_anything(free_gib: float, total_gib: float, is_at_once: bool) -> None:
-    """A file that asks for more of a GPU than there is gets what there is; the driver and a context take their part."""
-    strike = struck(Kind.memory_held)
-    free = replace(strike.failure, free_bytes=int(free_gib * 2**30), total_bytes=int(total_gib * 2**30))
-    built = replace(strike.built, gpu_memory_utilization=0.999)
-
-    assert is_at_once == isinstance(answer(replace(strike, failure=free, built=built), COURSE, CHOICES), Step)
 
 
 NO_P2P = ("GPU 0 and 1 (not supported)",)

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     no_kv_cache = "no_kv_cache"
     out_of_memory = "out_of_memory"
     too_many_sequences = "too_many_sequences"
+    share_too_large = "share_too_large"
     host_out_of_memory = "host_out_of_memory"
     # Somebody else has it, or it is not there yet: waiting helps.
     memory_held = "memory_held"

@@ -44,6 +44,12 @@ _OOM_ADVICE = {
 _WEIGHTS = (
     "Take a quantised model, spread it over more GPUs (engine.tensor_parallel_size), or set engine.cpu_offload_gb."
 )
+_SHARE = (
+    "Lower engine.gpu_memory_utilization: nobody else holds memory there, and the driver and the engine's own context "
+    "take a little."
+)
+_OF_THE_DRIVER, _OF_A_CONTEXT = 0.02, 700 << 20
+"""What the driver and the process's own CUDA context take of a GPU (0.51 of 139.8 GiB on an H200)."""
 _HOST_MEMORY = (
     "Give the machine, or the control group (MemoryMax= of the unit, the memory limit of a container), more memory"
 )
@@ -185,9 +191,17 @@ def _of_text(cause: ErrorRecord, place: Place, evidence: Evidence) -> Failure | 
         case Kind.out_of_memory, at if not failure.advice:
             is_host = failure_texts.OF_HOST.search(said)
             return replace(failure, advice=f"{_HOST_MEMORY}." if is_host else _OOM_ADVICE[at])
+        case Kind.memory_held, _ if _is_nobodys(failure):
+            return replace(failure, kind=Kind.share_too_large, advice=_SHARE)
         case Kind.memory_held, _ if evidence.gpu_holders:
             return replace(failure, advice=_holders(evidence))
     return failure
+
+
+def _is_nobodys(failure: Failure) -> bool:
+    """True where as much is free as a device has to give: the file asks for more, and there is nobody to wait for."""
+    free, total = failure.free_bytes, failure.total_bytes
+    return free is not None and total is not None and total - free <= max(_OF_THE_DRIVER * total, _OF_A_CONTEXT)
 
 
 def _printed_numbers(failure: Failure, evidence: Evidence) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _levers(at: _At) -> Iterator[_Lever]:
             yield from (_halve_batch, _at_most(1, _halve_seqs), _eager, _halve_seqs)
         case Kind.too_many_sequences, _:
             yield _to_fitting_seqs
-        case Kind.memory_held, _:
+        case Kind.memory_held | Kind.share_too_large, _:
             yield _fit_beside
         case Kind.out_of_memory, Place.profiling:
             yield from (_halve_batch, _halve_seqs)
@@ -254,7 +254,7 @@ def _growth(at: _At) -> int:
 
 
 def _fit_beside(at: _At) -> Changes:
-    """Take what the others leave. Nothing else is made smaller for their sake."""
+    """Take what the driver and others leave. Nothing else is made smaller for their sake."""
     free, total, pool = at.failure.free_bytes, at.failure.total_bytes, at.value("kv_cache_memory_bytes")
     if not free or not total:
         return {}
@@ -315,7 +315,7 @@ def _cause(at: _At) -> str:
             return "nothing was left for the KV cache"
         case Kind.too_many_sequences:
             return f"the KV cache holds {_or_fewer(failure.fitting_num_seqs)} sequences"
-        case Kind.memory_held:
+        case Kind.memory_held | Kind.share_too_large:
             return f"only {_shown_bytes(failure.free_bytes)} of {_shown_bytes(failure.total_bytes)} are free"
         case Kind.host_out_of_memory:
             return "the kernel killed the engine for memory, and the KV cache lies in the host's"

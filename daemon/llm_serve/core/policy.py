@@ -37,6 +37,7 @@ RESPONSES: dict[Kind, tuple[Response, ...]] = {
     Kind.no_kv_cache: (_SHRINK,),
     Kind.out_of_memory: (_SHRINK,),
     Kind.too_many_sequences: (_SHRINK,),
+    Kind.share_too_large: (_SHRINK,),
     Kind.host_out_of_memory: (_SHRINK,),
     # Whoever holds the memory may be about to let go of it, our own last engine for one.
     Kind.memory_held: (_AGAIN, _AGAIN, _AGAIN, _SHRINK),
@@ -67,15 +68,12 @@ REFUSED = frozenset(kind for kind, responses in RESPONSES.items() if responses =
 
 NO_REQUEST = frozenset({
     Kind.killed, Kind.device_lost, Kind.unkillable, Kind.driver_not_ready, Kind.memory_held, Kind.host_limit,
+    Kind.share_too_large,
 })  # fmt: skip
 """Kinds of death that no request can cause; after any other, one that was in flight may be the cause."""
 
 _WAYS = frozenset({Kind.attention_backend, Kind.flashinfer, Kind.compilation, Kind.graph_capture})
 """Ways of computing: when none is left, only a person can find another."""
-
-
-_OF_THE_DRIVER, _OF_A_CONTEXT = 0.02, 700 << 20
-"""What the driver and the process's own CUDA context take of a GPU (0.51 of 139.8 GiB on an H200)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +128,6 @@ class Strike:
     built: Effective = UNKNOWN
 
 
-def _is_nobodys(failure: Failure) -> bool:
-    """True where as much is free as a device has to give: the file asks for more, and there is nobody to wait for."""
-    free, total = failure.free_bytes, failure.total_bytes
-    if failure.kind is not Kind.memory_held or free is None or total is None:
-        return False
-    return total - free <= max(_OF_THE_DRIVER * total, _OF_A_CONTEXT)
-
-
 def answer(strike: Strike, course: Course, choices: Choices) -> Answer:
     """What to do about a failure of an engine with the course's plan.
 
@@ -168,8 +158,6 @@ def response(failure: Failure, times: int) -> Response:
 def _first_word(strike: Strike) -> Response:
     """The table's word, unless what is known of the machine leaves nothing to chance or to wait for."""
     failure = strike.failure
-    if _is_nobodys(failure):
-        return Response.shrink
     # By the driver's word these GPUs cannot reach each other's memory: the first hang of a start is no chance.
     is_start_of_several = strike.built.world_size > 1 and failure.place is not Place.serving
     is_known = failure.no_p2p and failure.kind in _OF_LINKS and is_start_of_several
