@@ -195,13 +195,13 @@ async def test_a_stream_that_has_begun_ends_with_the_refusal(end: str) -> None:
     assert before + 2 == counted("rejected")
 
 
-@pytest.mark.parametrize("how", ["nothing", "stream", "middle of an event", "waits"])
+@pytest.mark.parametrize("how", ["nothing", "stream", "middle of an event", "waits", "reads"])
 async def test_a_request_has_an_end(how: str) -> None:
     """504 or an error event, as far as one can still be sent; the place inside is free, and the model hears of it."""
     door, was_told = gate(request_timeout_s=0.2, hold_timeout_s=30, max_queued=2), []
 
     async def endless(scope: Scope, receive: Receive, send: Send) -> None:
-        if how != "nothing":
+        if how not in ("nothing", "reads"):
             await send(
                 {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
             )
@@ -215,9 +215,10 @@ async def test_a_request_has_an_end(how: str) -> None:
 
     if how != "waits":
         door.open(endless, 1)
-    call = await asyncio.wait_for(Call(pieces=(STREAM,)).ask(door), 30)
+    asked = Call("/v1/models", method="GET") if how == "reads" else Call(pieces=(STREAM,))
+    call = await asyncio.wait_for(asked.ask(door), 30)
 
-    if how in ("nothing", "waits"):
+    if how in ("nothing", "waits", "reads"):
         assert (504, "request_timeout") == (call.status, call.error["code"])
         assert "server.request_timeout_s" in call.error["message"]
     elif how == "stream":

@@ -12,9 +12,10 @@ import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import TypeVar
 
 from llm_serve import metrics, passage
 from llm_serve.core import retry_after
@@ -44,6 +45,7 @@ _REMEMBERED = 32
 
 
 ANY_HOST = Hosts()
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class Gate:
             await _wrong_method(path, method, methods)(scope, receive, answer)
         elif method == "GET" and self.model is not None:
             try:
-                await self.model(scope, receive, answer)
+                await self._in_time(self.model(scope, receive, answer), scope, receive, answer)
             finally:
                 answer.end_watch()
         elif int(headers.get(b"content-length", b"0")) > self._limits.max_body_bytes:
@@ -169,12 +171,8 @@ class Gate:
         began, outcome = time.monotonic(), "aborted"
         self.in_flight += 1
         try:
-            async with asyncio.timeout(self._limits.request_timeout_s or None) as whole:
-                outcome = await self._examine(scope, body, answer) or await self._admit(scope, body, answer, holder)
-        except TimeoutError:
-            if not whole.expired():
-                raise
-            await answer.refuse(took_too_long(self._limits.request_timeout_s), scope, body)
+            work = self._examine_and_admit(scope, body, answer, holder)
+            outcome = await self._in_time(work, scope, body, answer) or outcome
         finally:
             self.in_flight -= 1
             body.close()
@@ -192,6 +190,21 @@ class Gate:
                 seconds=round(time.monotonic() - began, 3),
                 outcome=outcome,
             )
+
+    async def _in_time(self, work: Awaitable[Done], scope: Scope, receive: Receive, answer: Answer) -> Done | None:
+        """What the work returns; nothing where it took too long, which the client is told."""
+        limit_s = self._limits.request_timeout_s
+        try:
+            async with asyncio.timeout(limit_s or None) as whole:
+                return await work
+        except TimeoutError:
+            if not whole.expired():
+                raise
+            await answer.refuse(took_too_long(limit_s), scope, receive)
+            return None
+
+    async def _examine_and_admit(self, scope: Scope, body: Body, answer: Answer, holder: bytes) -> str:
+        return await self._examine(scope, body, answer) or await self._admit(scope, body, answer, holder)
 
     async def _examine(self, scope: Scope, body: Body, answer: Answer) -> str:
         """Read the body and look at it. Returns how the request ended if it ended with that, else nothing."""
