@@ -104,13 +104,18 @@ def test_nobody_fits_in_twice_and_nobody_is_passed_over(crowd: Daemon) -> None:
         for _ in range(room):
             stack.enter_context(crowd.stream(1500))
         eventually(crowd.status, lambda now: now["requests_in_flight"] == room, within_s=60, what="all inside")
-        held = [crowd.later(lambda: crowd.chat().status_code) for _ in range(12)]
-        eventually(crowd.status, lambda now: now["requests_held"] == 12, within_s=60, what="the queue")
-        refused = crowd.chat()
-    answered = [each.result() for each in held]
+        # One address gets four fifths of the queue at each front end, wherever its requests happen to come in: ten of
+        # twelve always fit, the next two where there are few already, and thirteen never.
+        held = [crowd.later(crowd.chat) for _ in range(10)]
+        eventually(crowd.status, lambda now: now["requests_held"] == 10, within_s=60, what="the queue")
+        more = [crowd.later(crowd.chat) for _ in range(3)]
+        eventually(lambda: [each.is_done for each in more], any, within_s=60, what="one that is told so")
+        refused = [each.result() for each in more if each.is_done]
+    answered = [each.result().status_code for each in [*held, *more]]
 
-    assert (503, True) == (refused.status_code, "max_queued" in refused.text)
-    assert [200] * 12 == answered
+    assert all((503, True) == (each.status_code, "max_queued" in each.text) for each in refused)
+    assert [200] * 10 == answered[:10]
+    assert 1 <= answered[10:].count(503) <= 3
 
 
 def test_one_that_dies_is_replaced_and_the_others_do_not_notice(crowd: Daemon) -> None:
