@@ -35,8 +35,11 @@ class Busy:
         self.used += seconds * self.share
 
     def beat(self) -> Beat:
-        """One that looks at this clock."""
-        return Beat(lambda: self.now, lambda: self.used)
+        """One that has looked at this clock once."""
+        beat = Beat(lambda: self.now, lambda: self.used)
+        self.pass_(0.06)
+        assert beat.interval_s() == 0.0, "nothing is known yet"
+        return beat
 
 
 def busy_beat() -> Beat:

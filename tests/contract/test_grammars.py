@@ -100,8 +100,9 @@ def test_a_slow_schema_is_looked_at_once_and_the_loop_goes_on(
     assert looked == ["grammars"]
 
 
-def test_what_was_quick_is_left_to_vllm_the_next_time(looked: list[str]) -> None:
+def test_what_was_quick_is_left_to_vllm_the_next_time(looked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A new request with the same schema; another schema is another matter."""
+    monkeypatch.setattr(grammars, "_QUICK_S", 60.0)  # however slow the machine
 
     async def play() -> None:
         for schema in (SMALL, SMALL, SMALL | {"title": "x"}):
@@ -113,8 +114,29 @@ def test_what_was_quick_is_left_to_vllm_the_next_time(looked: list[str]) -> None
     assert looked == ["grammars", "MainThread", "grammars"]
 
 
+def test_what_vllm_waits_for_is_not_quick(looked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has patterns compiled by a thread of its own: ours is idle meanwhile, and the loop would be as well."""
+    check = backend_xgrammar.validate_xgrammar_grammar
+
+    def slowly(params: Any) -> None:
+        time.sleep(0.05)
+        check(params)
+
+    monkeypatch.setattr(backend_xgrammar, "validate_xgrammar_grammar", slowly)
+
+    async def play() -> None:
+        for _ in range(2):
+            params = asking(regex="a")
+            await grammars.check(params, LLM)
+            params._validate_structured_outputs(*CONFIGURATIONS)
+
+    asyncio.run(play())
+    assert looked == ["grammars", "grammars"]
+
+
 def test_only_so_many_are_remembered(looked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that was not asked for longest goes."""
+    monkeypatch.setattr(grammars, "_QUICK_S", 60.0)
     monkeypatch.setattr(grammars, "_REMEMBERED", 2)
 
     async def play() -> None:

@@ -29,7 +29,7 @@ class Beat:
     ) -> None:
         self._clock, self._used_s = clock, used_s
         self._level = 0
-        self._since, self._used = clock(), used_s()
+        self._since, self._used = clock(), -1.0  # it is made in another thread than the loop's
         self._gathering: list[asyncio.Event] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -38,7 +38,8 @@ class Beat:
         now = self._clock()
         if now - self._since >= _WINDOW_S:
             used = self._used_s()
-            self._judge((used - self._used) / (now - self._since))
+            if self._used >= 0:
+                self._judge((used - self._used) / (now - self._since))
             self._since, self._used = now, used
         return BEATS_S[self._level]
 
