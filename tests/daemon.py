@@ -43,6 +43,11 @@ Tables = Mapping[str, Mapping[str, Any]]
 Seen = TypeVar("Seen")
 
 
+def http_client(url: str, timeout_s: float = 120, **options: Any) -> httpx.Client:
+    """One of plain HTTP. Without `verify=False` each would read and parse all known certificates, 20 ms at best."""
+    return httpx.Client(base_url=url, timeout=timeout_s, trust_env=False, verify=False, **options)
+
+
 def eventually(look: Callable[[], Seen], is_right: Callable[[Seen], bool], *, within_s: float, what: str) -> Seen:
     """What `look` returned when it was right. Fails at the deadline with what it last saw."""
     deadline, last = time.monotonic() + patient(within_s), "nothing"
@@ -106,7 +111,7 @@ class Daemon:
         self._environ = self._environment() | dict(environ or {})
         self._shared_before = set(_SHARED_MEMORY.iterdir())
         self._process: subprocess.Popen[bytes] | None = None
-        self.http = httpx.Client(base_url=self.url, timeout=patient(120), trust_env=False)
+        self.http = http_client(self.url, patient(120))
 
     def _environment(self) -> dict[str, str]:
         kept = {
@@ -275,9 +280,9 @@ class Daemon:
         return Later(ask)
 
     @contextlib.contextmanager
-    def stream(self, max_tokens: int) -> Iterator[Stream]:
-        """One streamed completion of exactly so many tokens, read in a thread."""
-        stream = Stream(self.url, max_tokens)
+    def stream(self, max_tokens: int, *, is_endless: bool = False) -> Iterator[Stream]:
+        """One streamed completion of exactly so many tokens, read in a thread; an endless one is asked for again."""
+        stream = Stream(self.url, max_tokens, is_endless=is_endless)
         try:
             yield stream
         finally:
@@ -317,17 +322,23 @@ class Later:
 class Stream:
     """One streamed answer, read as it comes: `events` are its data lines as values, `end` is "[DONE]" if it had that."""
 
-    def __init__(self, url: str, max_tokens: int) -> None:
+    def __init__(self, url: str, max_tokens: int, *, is_endless: bool = False) -> None:
         self.events: list[dict[str, Any]] = []
         self.end: str | None = None
+        self._is_endless = is_endless
         self._body = {
             "model": MODEL_NAME, "prompt": "Count with me: one, two, three,", "stream": True,
             "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0,
         }  # fmt: skip
-        self._client = httpx.Client(base_url=url, timeout=patient(120), trust_env=False)
+        self._client = http_client(url, patient(120))
         self._reading = Later(self._read)
 
     def _read(self) -> None:
+        self._read_once()
+        while self._is_endless:  # closed, it raises
+            self._read_once()
+
+    def _read_once(self) -> None:
         with self._client.stream("POST", "/v1/completions", json=self._body) as answer:
             assert 200 == answer.status_code, answer.read()
             for line in answer.iter_lines():

@@ -24,7 +24,7 @@ import pytest
 
 from llm_serve.engine import openai_routes
 from llm_serve.web.assets import ASSETS
-from tests.daemon import MODEL_NAME, Daemon, Tables, eventually
+from tests.daemon import MODEL_NAME, Daemon, Tables, eventually, http_client
 from tests.e2e.conftest import Stage
 from tests.patience import patient
 
@@ -79,7 +79,7 @@ class GoodClient:
         self.statuses: Counter[int] = Counter()
 
     def _ask(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60, trust_env=False, headers=BEARER) as client:
+        with http_client(self._url, headers=BEARER) as client:
             while not self._stop.is_set():
                 began = time.monotonic()
                 self.statuses[client.post("/v1/chat/completions", json=CHAT).status_code] += 1
@@ -526,7 +526,7 @@ def test_one_address_leaves_connections_to_others(guarded: Daemon) -> None:
         told = head if b" 200 OK" not in head.partition(b"\r\n")[0] else b""
 
     assert told.startswith(b"HTTP/1.1 503 ")
-    with httpx.Client(base_url=guarded.url, timeout=60, trust_env=False, headers=BEARER) as other:
+    with http_client(guarded.url, headers=BEARER) as other:
         assert 200 == other.post("/v1/chat/completions", json=CHAT).status_code
         assert other.get("/status").json()["state"] == "serving"
     for connection in opened:

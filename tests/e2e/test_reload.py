@@ -10,7 +10,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from tests.daemon import MODEL_NAME, Daemon, eventually
+from tests.daemon import MODEL_NAME, Daemon, eventually, http_client
 from tests.e2e.conftest import Stage
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(500)]
@@ -38,7 +38,7 @@ class Loop:
 
     def _ask(self) -> None:
         body = {"model": MODEL_NAME, "prompt": "One", "max_tokens": 4, "temperature": 0}
-        with httpx.Client(base_url=self._url, timeout=120, trust_env=False) as client:
+        with http_client(self._url) as client:
             while not self._stop.is_set():
                 try:
                     self.answers.append(client.post("/v1/completions", json=body).status_code)
