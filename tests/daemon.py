@@ -124,10 +124,11 @@ class Daemon:
     # Its life.
     def start(self) -> Daemon:
         """Start the process and return at once."""
+        # In the tests' session: one of its own would be a scheduling group, and its engine would starve the tests.
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*self._wrapped_in, sys.executable, "-c", _CONSOLE_ENTRY, "run", str(self.file)],
-                env=self._environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=self._environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
             )  # fmt: skip
         return self
 

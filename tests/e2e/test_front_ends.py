@@ -96,14 +96,14 @@ def test_every_one_serves_and_the_instance_is_whole(crowd: Daemon) -> None:
 
 
 def test_what_is_in_flight_is_told_of_each_and_of_all(crowd: Daemon) -> None:
-    """Whoever is asked; and what is given up is in flight no more."""
-    with streams(crowd, 2 * COUNT, GIVEN_UP) as opened:
-        seen = crowd.status()
-        assert all(not stream.end for stream in opened), "this machine is too slow to see them"
+    """By whoever is asked, a tenth of a second later at the latest; and what is given up is in flight no more."""
+    with streams(crowd, 2 * COUNT, GIVEN_UP):
+        seen = eventually(crowd.status, lambda now: 2 * COUNT == now["requests_in_flight"], within_s=5, what="all")
     none = eventually(crowd.status, lambda now: not now["requests_in_flight"], within_s=20, what="nothing in flight")
 
-    assert (2 * COUNT, 0) == (seen["requests_in_flight"], seen["requests_held"])
-    assert all(each["requests_in_flight"] for each in seen["front_ends"]), seen["front_ends"]
+    each_one = [each["requests_in_flight"] for each in seen["front_ends"]]
+    assert 0 == seen["requests_held"]
+    assert (COUNT, 2 * COUNT) == (len(each_one), sum(each_one)) and max(each_one) < 2 * COUNT, each_one
     assert [0] * COUNT == [each["requests_in_flight"] for each in none["front_ends"]]
 
 
