@@ -90,5 +90,5 @@ def _limits(settings: Settings) -> Limits:
         max_body_bytes=server.max_body_bytes,
         stream_keep_alive_s=server.stream_keep_alive_s,
         request_timeout_s=server.request_timeout_s,
-        edge=Edge.of(settings.limits, settings.engine),
+        edge=Edge.of(settings.limits, settings.engine, long_texts.longest_prompt),
     )

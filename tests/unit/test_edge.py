@@ -44,6 +44,59 @@ def schema(value: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": value}}}
 
 
+def long_for(most: int, body: Mapping[str, Any], max_prompt_chars: int = 0) -> Refusal | None:
+    """What the edge says where the engine takes prompts of so many characters."""
+    edge = Edge.of(LimitSettings(max_prompt_chars=max_prompt_chars), {}, lambda: most)
+    return edge.refusal(json.dumps(body).encode())
+
+
+LONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a prompt": ({"prompt": "x" * 101}, "`prompt` has 101 characters"),
+    "the last of many": ({"prompt": ["x", "x" * 101]}, "`prompt` has 101 characters"),
+    "tokens": ({"prompt": [1] * 101}, "`prompt` has 101 tokens"),
+    "tokens of many": ({"prompt": [[1], [1] * 101]}, "`prompt` has 101 tokens"),
+    "tokens to read": ({"tokens": [1] * 101}, "`tokens` has 101 tokens"),
+    "to embed": ({"input": ["x" * 101]}, "`input` has 101 characters"),
+    "messages together": (
+        {"messages": [{"content": "x" * 51}, {"content": "x" * 50}]},
+        "`messages` has 101 characters",
+    ),
+    "parts": (user({"type": "text", "text": "x" * 51}, {"type": "text", "text": "x" * 50}), "`messages` has 101 char"),
+    "items": ({"input": [{"role": "user", "content": "x" * 101}]}, "`input` has 101 characters"),
+    "Anthropic's system as text": ({"system": "x" * 101}, "`system` has 101 characters"),
+    "Anthropic's system": ({"system": [{"type": "text", "text": "x" * 101}]}, "`system` has 101 characters"),
+}
+SHORT: dict[str, dict[str, Any]] = {
+    "a prompt": {"prompt": "x" * 100},
+    "many": {"prompt": ["x" * 100] * 100},
+    "tokens of many": {"prompt": [[1] * 100] * 100},
+    "an image": user({"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 200}}),
+    "a file of Anthropic's": user({"type": "image", "source": {"type": "base64", "data": "A" * 200}}),
+    "a sound": user({"type": "input_audio", "input_audio": {"data": "A" * 200}}),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_no_prompt_can_be_is_refused_before_vllm_reads_it(name: str) -> None:
+    """By what the engine takes, or the limit that the file sets."""
+    body, words = LONG[name]
+
+    refusal = long_for(100, body)
+    assert refusal is not None
+    assert refusal.message.startswith(words)
+    assert refusal.message.endswith("at most 100 are allowed here (limits.max_prompt_chars).")
+    assert (400, "over_limit", words.split("`")[1]) == (refusal.status, refusal.code, refusal.field)
+    assert long_for(50, body, 100) == refusal
+    assert long_for(101, body) is None
+    assert long_for(0, body) is None, "there was no engine yet"
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_what_may_be_long_stays(name: str) -> None:
+    """Each prompt by itself, and what is no text."""
+    assert long_for(100, SHORT[name]) is None
+
+
 USUAL: dict[str, dict[str, Any]] = {
     "nothing": {},
     "chat": {

@@ -43,20 +43,31 @@ class _Refused(Exception):  # noqa: N818 - the way out of a walk
         self.refusal = Refusal(message, field, status, code)
 
 
+def _not_known() -> int:
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """The limits of `[limits]`, and the settings that open something: vLLM's own switches in `[engine]`."""
+    """The limits of `[limits]`, and the settings that open something: vLLM's own switches in `[engine]`.
+
+    `longest_prompt` tells of how many characters a prompt for the engine of the moment may be, 0 before there was one.
+    What is longer would be refused after vLLM has parsed it again and put it into a template.
+    """
 
     limits: LimitSettings
     switches: frozenset[str]
+    longest_prompt: Callable[[], int] = _not_known
 
     @classmethod
-    def of(cls, limits: LimitSettings, engine: Mapping[str, object]) -> Edge:
+    def of(
+        cls, limits: LimitSettings, engine: Mapping[str, object], longest_prompt: Callable[[], int] = _not_known
+    ) -> Edge:
         """The edge that an instance file asks for."""
         opening = {setting for setting, _ in (*fields.SWITCHED.values(), *fields.FETCHED.values())} - {fields.ALLOW}
         names = {setting.removeprefix("engine.") for setting in opening}
         given = {name.partition(".")[0] for name, value in engine.items() if value}
-        return cls(limits, frozenset(f"engine.{name}" for name in names & given))
+        return cls(limits, frozenset(f"engine.{name}" for name in names & given), longest_prompt)
 
     def refusal(self, body: bytes) -> Refusal | None:
         """Why this body is not let in; None when it is. What is no request of the right form is vLLM's to refuse."""
@@ -140,22 +151,37 @@ class Edge:
             self._length(name, value, "max_prompts")
         if type(first) is dict:
             self._length(name, value, "max_messages")
+        for text in value if type(first) is str or type(first) is list else (value,):
+            self._tokens(name, text)
         self._talk(name, value)
+
+    def _tokens(self, name: str, value: Any) -> None:
+        """One prompt, as a text or as tokens, of which none is shorter than a character."""
+        if type(value) is str or (type(value) is list and value and type(value[0]) is int):
+            self._long(name, len(value), "characters" if type(value) is str else "tokens")
+
+    def _long(self, name: str, size: int, of: str = "characters") -> None:
+        if size > (most := self.limits.max_prompt_chars or self.longest_prompt() or size):
+            raise _too_much(name, f"`{name}` has {size} {of}", most, "max_prompt_chars")
 
     def _messages(self, name: str, value: Any) -> None:
         self._length(name, value, "max_messages")
         self._talk(name, value)
 
     def _talk(self, name: str, value: Any) -> None:
-        """Messages: of how many parts, and what they would have the server fetch."""
+        """Messages: of how many parts, how long all together, and what they would have the server fetch."""
+        size = len(value) if type(value) is str else 0
         for node in _objects(value):
-            if type(content := node.get("content")) is list:
+            content, text = node.get("content"), node.get("text")
+            if type(content) is list:
                 self._length(name, content, "max_messages")
+            size += sum(len(each) for each in (content, text) if type(each) is str)
             if not _MEDIA.isdisjoint(node):
                 for key in _MEDIA & node.keys():
                     self._media(name, node[key])
             if type(source := node.get("source")) is dict:
                 self._media(name, source)
+        self._long(name, size)
 
     def _media(self, name: str, value: Any) -> None:
         address = value.get("url") if type(value) is dict else value

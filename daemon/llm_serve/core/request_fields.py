@@ -43,7 +43,7 @@ LABELS = frozenset(
         *("stop", "stop_sequences", "user"),
     }
 )
-PROMPTS = frozenset({"input", "prompt"})
+PROMPTS = frozenset({"input", "prompt", "tokens"})
 TALKS = frozenset({"messages", "previous_input_messages", "system"})
 DESCRIPTIONS = frozenset(
     {
@@ -79,7 +79,7 @@ PLAIN = frozenset(
         *("return_token_ids", "return_token_offsets", "return_token_strs", "return_tokens_as_token_ids"),
         *("routed_experts_prompt_start", "seed", "service_tier", "skip_special_tokens"),
         *("spaces_between_special_tokens", "store", "stream", "stream_interval", "stream_options", "suffix", "texts"),
-        *("thinking", "thinking_token_budget", "tokens", "top_k", "top_logprobs", "truncate"),
+        *("thinking", "thinking_token_budget", "top_k", "top_logprobs", "truncate"),
         *("truncate_prompt_tokens", "truncation", "truncation_side", "use_activation", "use_beam_search"),
         "watermarking",
     }

@@ -151,6 +151,7 @@ def build(offered: bytes, place: int, places: int) -> Client:
                 client_index=place,
             )
     forkserver.remember_settings()
+    long_texts.fit(llm.model_config.max_model_len)
     steps.attach(llm.output_processor.get_num_unfinished_requests)
     return Client(llm, offer.args, steps, requests)
 

@@ -23,7 +23,7 @@ from llm_serve.core.errors import ConfigError, HostError, LlmServeError
 from llm_serve.core.evidence import Evidence
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, MEETING, Marks, is_progress
-from llm_serve.engine import attach, forkserver, loading, relay
+from llm_serve.engine import attach, forkserver, loading, long_texts, relay
 from llm_serve.engine.ending import Ending, Places, free_dead_engines
 from llm_serve.engine.evidence import Collector
 from llm_serve.engine.running import Engine
@@ -174,6 +174,7 @@ class Factory:
         finally:
             watching.cancel()
         forkserver.remember_settings()
+        long_texts.fit(engine.llm.model_config.max_model_len)
         engine.processes = self.ending.engine_processes()
         self.ending.note_leftovers()
         return engine
@@ -227,7 +228,6 @@ class Factory:
                 forced,
                 gathering,
                 grammars,
-                long_texts,
                 media_cache,
                 numa,
                 pieces,

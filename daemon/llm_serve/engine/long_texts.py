@@ -20,12 +20,28 @@ _CHARS_PER_TOKEN = 16
 _LEAST_CHARS = 256 << 10
 _aside = ThreadPoolExecutor(1, "long-texts")
 _limit = 0
+_longest = 0
 
 
 def limit_to(max_prompt_chars: int) -> None:
     """From now on, in this process, refuse what is longer; 0: what is far too long for the model."""
     global _limit  # noqa: PLW0603 - the handlers that would pass it on are vLLM's
     _limit = max_prompt_chars
+
+
+def fit(max_model_len: int) -> None:
+    """An engine of so many tokens has been built in this process."""
+    global _longest  # noqa: PLW0603 - as above
+    _longest = _most(max_model_len)
+
+
+def longest_prompt() -> int:
+    """Of how many characters a prompt may be at the moment, for whoever can see sooner that it is not; 0: not known."""
+    return _longest
+
+
+def _most(max_model_len: int) -> int:
+    return max(_LEAST_CHARS, _CHARS_PER_TOKEN * max_model_len)
 
 
 def install() -> None:
@@ -68,7 +84,7 @@ def _check(renderer: Any, prompts: Sequence[Any]) -> int:
     """How many characters have to be read. Raises vLLM's error for bad requests when one prompt has too many."""
     from vllm.exceptions import VLLMValidationError
 
-    most = _limit or max(_LEAST_CHARS, _CHARS_PER_TOKEN * int(renderer.model_config.max_model_len))
+    most = _limit or _most(int(renderer.model_config.max_model_len))
     sizes = [len(text) for prompt in prompts if isinstance(text := _text(prompt), str)]
     if (longest := max(sizes, default=0)) > most:
         message = f"the prompt has {longest} characters, and at most {most} are allowed here (limits.max_prompt_chars)."
