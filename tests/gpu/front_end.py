@@ -72,10 +72,10 @@ def _vllm(stage: recovery.Stage, servers: int) -> Iterator[Callable[[int], Seen]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", stage.model, f"--port={port}",
                f"--served-model-name={MODEL_NAME}", "--load-format=dummy", "--max-model-len=8192",
                f"--max-num-seqs={_SEQS}", f"--api-server-count={servers}", "--disable-uvicorn-access-log"]  # fmt: skip
-    env = os.environ | {"XDG_CACHE_HOME": str(stage.folder / "cache"), "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    env = os.environ | stage.caches | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     log = stage.folder / f"vllm-{servers}.log"
     with log.open("w") as sink:
-        server = subprocess.Popen(command, env=env, stdout=sink, stderr=sink, start_new_session=True)
+        server = subprocess.Popen(command, env=env, stdout=sink, stderr=sink, process_group=0)
     try:
         _wait_for(f"http://127.0.0.1:{port}", server, log)
         yield lambda streams: _over_http(f"http://127.0.0.1:{port}", streams)
@@ -102,7 +102,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 @contextmanager
 def _bare(stage: recovery.Stage) -> Iterator[Callable[[int], Seen]]:
     """AsyncLLM alone, in a process that takes a number of streams a line."""
-    env = os.environ | {"XDG_CACHE_HOME": str(stage.folder / "cache"), "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    env = os.environ | stage.caches | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     command = [sys.executable, "-m", "tests.gpu.front_end", "--engine", "--model", stage.model]
     log = (stage.folder / "engine.log").open("w")
     engine = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)

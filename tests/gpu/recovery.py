@@ -52,6 +52,10 @@ class Stage:
 
     def __init__(self, model: str, folder: Path, logs: Path | None) -> None:
         self.model, self.folder, self._logs = model, folder, logs
+        # As in the unit: each start finds the kernels of the one before. Left alone, vLLM keeps Triton's beside a graph
+        # that it compiles, and looks for them elsewhere when it loads that graph.
+        names = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+        self.caches = {name: str(folder / "cache" / name.lower()) for name in names}
 
     @contextmanager
     def daemon(self, *, environ: dict[str, str] | None = None, **tables: dict[str, Any]) -> Iterator[Daemon]:
@@ -62,9 +66,7 @@ class Stage:
         }  # fmt: skip
         recovery = {"stall_timeout_s": 20, "restart_limit": 50}
         path = f"{_REPOSITORY / 'tests/faults/inject'}:{_REPOSITORY / 'daemon'}:{os.environ.get('PYTHONPATH', '')}"
-        made = Daemon(self.model, text="", environ={
-            "PYTHONPATH": path, "XDG_CACHE_HOME": str(self.folder / "cache"), **(environ or {}),
-        })  # fmt: skip
+        made = Daemon(self.model, text="", environ={"PYTHONPATH": path, **self.caches, **(environ or {})})
         whole = {
             "server": {"listen": f"127.0.0.1:{made.port}"} | tables.get("server", {}),
             "engine": engine | tables.get("engine", {}),

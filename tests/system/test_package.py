@@ -1,8 +1,4 @@
-"""The Debian package on a booted Debian: installed, upgraded under clients, rolled back, removed, purged.
-
-LLM_SERVE_FROM_ZERO=1 adds the whole way from a bare Debian to a served model, with every package fetched; further
-folders that this machine's pip needs can be named instead of the 1, with colons between.
-"""
+"""The Debian package on a booted Debian: installed, upgraded under clients, rolled back, removed, purged."""
 
 from __future__ import annotations
 
@@ -12,8 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +15,12 @@ import pytest
 
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
 from tests.system.conftest import MODELS, PROJECT, UNIT
-from tests.system.machine import Machine, machine
+from tests.system.machine import Machine
 from tests.system.packaged import NEW, OLD, build, lend_packages, venv_of
 
 pytestmark = [pytest.mark.system, pytest.mark.vllm, pytest.mark.timeout(300)]
 
 _START_LIMIT_S = 240
-_FROM_ZERO = os.environ.get("LLM_SERVE_FROM_ZERO", "")
 _SHARED = (
     "etc/.pwd.lock", "etc/credstore", "etc/group-", "etc/gshadow-", "etc/passwd-", "etc/shadow-", "etc/subgid-",
     "etc/subuid-", "root", "run", "tmp", "var/cache", "var/lib/PackageKit", "var/lib/apt", "var/lib/dpkg",
@@ -173,54 +166,3 @@ def test_whole_life_of_the_package(bare: Machine, tmp_path: Path) -> None:
     for name in ("passwd", "group", "shadow", "gshadow"):
         assert "llm-serve" not in (bare.root / "etc" / name).read_text()
     assert "not-found" == bare.show(UNIT, "LoadState")
-
-
-# ---- from zero ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh(packages: dict[str, Path], tmp_path: Path) -> Iterator[Machine]:
-    """A bare Debian 12 from its mirror, with this machine's network and, of its settings, pip's and the certificates."""
-    root = tmp_path / "debian"
-    include = "--include=systemd,systemd-sysv,dbus,ca-certificates,curl"
-    subprocess.run(["debootstrap", "--variant=minbase", include, "bookworm", str(root)], check=True)
-    own = str(Path.home() / ".config/pip/pip.conf").lstrip("/")
-    for name in ("etc/pip.conf", own, "etc/ssl/certs/ca-certificates.crt", "etc/resolv.conf"):
-        if Path("/", name).exists():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).unlink(missing_ok=True)  # resolv.conf may be a link into /run
-            shutil.copy(Path("/", name), root / name)
-    binds = [f"--bind-ro={folder}" for folder in _FROM_ZERO.split(":") if folder.startswith("/")]
-    shutil.copy(packages[OLD], root / "srv")
-    with machine(root, ["--resolv-conf=off", *binds]) as built:
-        built.boot()
-        yield built
-    shutil.rmtree(root)
-
-
-@pytest.mark.skipif(not _FROM_ZERO, reason="takes minutes and fetches gigabytes: LLM_SERVE_FROM_ZERO=1")
-@pytest.mark.timeout(3000)
-def test_from_zero_to_served(fresh: Machine) -> None:
-    """README's commands, timed, on a Debian that has no Python yet. The model is brought, not fetched."""
-    model = ensure_demo_model(default_cache(os.environ), print)
-    took: dict[str, float] = {}
-
-    def command(*words: str) -> str:
-        began = time.monotonic()
-        said = fresh.run("env", "DEBIAN_FRONTEND=noninteractive", *words, timeout=2400).stdout
-        took[" ".join(words)] = time.monotonic() - began
-        print(said)
-        return said
-
-    command("apt-get", "install", "-y", f"/srv/llm-serve_{OLD}_all.deb")
-    command("llm-serve", "setup")
-    shutil.copytree(model, fresh.root / MODELS / model.name)
-    text = (PROJECT / "config/demo.toml").read_text().replace("127.0.0.1:8000", "127.0.0.1:8765")
-    fresh.write("/etc/llm-serve/qwen7b.toml", text)
-    fresh.run("chown", "-R", "llm-serve:llm-serve", "/var/cache/llm-serve")
-    command("systemctl", "enable", "--now", "llm-serve@qwen7b")
-    assert "smollm2" in command("curl", "-sS", "http://127.0.0.1:8765/v1/models")
-
-    for words, seconds in took.items():
-        print(f"{seconds:7.1f} s  {words}")
-    print(f"{sum(took.values()) / 60:7.1f} min in {len(took)} commands and one file")
