@@ -52,8 +52,7 @@ class Stage:
 
     def __init__(self, model: str, folder: Path, logs: Path | None) -> None:
         self.model, self.folder, self._logs = model, folder, logs
-        # As in the unit: each start finds the kernels of the one before. Left alone, vLLM keeps Triton's beside a graph
-        # that it compiles, and looks for them elsewhere when it loads that graph.
+        # One folder each, as in the unit.
         names = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
         self.caches = {name: str(folder / "cache" / name.lower()) for name in names}
 
