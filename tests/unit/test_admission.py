@@ -300,9 +300,12 @@ class Crowd(RuleBasedStateMachine):
         board = Board(self.GATES)
         for row in board.rows:
             row.turned_at = float("inf")
-        self.gates = [Admission[int](self.LIMIT, is_shared=False, company=Seat(board, n)) for n in range(self.GATES)]
+        self.seats = [Seat(board, place) for place in range(self.GATES)]
+        self.gates = [Admission[int](self.LIMIT, company=seat) for seat in self.seats]
+        self.keys = (A, next(key for key in map(str.encode, "bcdefg") if board.line_of(key) != board.line_of(A)))
         self.slots = self.now = 0
         self.waiting: dict[int, int] = {}
+        self.key_of: dict[int, bytes] = {}
 
     gates_ = st.integers(0, GATES - 1)
 
@@ -318,18 +321,21 @@ class Crowd(RuleBasedStateMachine):
         """One of them has lost the engine first, or has not got it yet: who waits there keeps nobody up."""
         self.gates[gate].close()
 
-    @rule(gate=gates_)
-    def request_comes(self, gate: int) -> None:
-        """It passes nobody who waits at an open gate, and waits if all of them together have room for it."""
+    @rule(gate=gates_, name=st.integers(0, 1))
+    def request_comes(self, gate: int, name: int) -> None:
+        """It passes nobody who waits at an open gate, and waits if all of them together have room for it and its key."""
+        key = self.keys[name]
         self.now += 1
         if self.gates[gate].enter():
             assert not any(self.gates[where].is_open for where in self.waiting.values()), "it passed somebody"
             self.check_room()
-        elif self.gates[gate].wait(A, self.now, float(self.now)):
-            self.waiting[self.now] = gate
+            return
+        its = sum(self.key_of[other] == key for other in self.waiting)
+        is_greedy = its >= 4 * (self.LIMIT - len(self.waiting))
+        assert self.gates[gate].wait(key, self.now, float(self.now)) is not is_greedy
+        if not is_greedy:
+            self.waiting[self.now], self.key_of[self.now] = gate, key
             assert len(self.waiting) <= self.LIMIT
-        else:
-            assert len(self.waiting) == self.LIMIT
 
     @rule(gate=gates_)
     def request_ends(self, gate: int) -> None:
@@ -367,7 +373,8 @@ class Crowd(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_lost(self) -> None:
-        """All gates together hold exactly those who wait."""
+        """All gates together hold exactly those who wait, and tell each other of no others."""
+        assert [len(gate) for gate in self.gates] == [sum(seat.row.lines) for seat in self.seats]
         assert len(self.waiting) == sum(map(len, self.gates)) == self.gates[0].waiting
 
 

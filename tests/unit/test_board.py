@@ -20,6 +20,8 @@ def test_what_one_writes_the_others_read_in_any_process() -> None:
         seat.tell_gate(inside=2, let_in=1, waiting=3, first_since=17.0)
         seat.tell_work(given=5, suspects=1)
         seat.tell_load(Load(4, 2, 0.5))
+        seat.tell_waiting(b"key", 3)
+        seat.tell_waiting(b"key", -1)
         tally = Tally()
         tally.move_to(seat.row.tally)
         tally.count(prompt=6, generated=2, first_tokens_s=[])
@@ -31,7 +33,8 @@ def test_what_one_writes_the_others_read_in_any_process() -> None:
     assert Seat(board, 2).others()[1].goes_first
     assert Load(4, 2, 0.5) == board.newest_load()[1]
     assert [6.0, 2.0] == list(board.rows[1].tally)[:2]
-    assert {0.0} == {board.rows[place].cells[place * Row.width + n] for place in (0, 2) for n in range(Row.width)}
+    assert [2, 0, 2] == [Seat(board, place).waiting(b"key") for place in range(3)]
+    assert {0.0} == {row.cells[row.first + n] for row in (board.rows[0], board.rows[2]) for n in range(Row.width)}
 
 
 def test_a_row_that_is_cleared_says_nothing() -> None:
@@ -40,10 +43,22 @@ def test_a_row_that_is_cleared_says_nothing() -> None:
     seat = Seat(board, 1)
     seat.tell_gate(inside=2, let_in=1, waiting=3, first_since=NEVER)
     seat.tell_load(Load(1, 1, 1.0))
+    seat.tell_waiting(b"key", 1)
 
     seat.row.clear()
 
+    assert 0 == Seat(board, 0).waiting(b"key")
+
     assert (Other(goes_first=False), (0.0, IDLE)) == (board.rows[1].as_other(0), board.newest_load())
+
+
+def test_keys_that_share_a_line_are_not_to_be_guessed() -> None:
+    """Each board hashes them in its own way, and all who look at it in the same."""
+    first, second = Board(2), Board(2)
+    keys = [bytes([number]) for number in range(64)]
+
+    assert [*map(first.line_of, keys)] != [*map(second.line_of, keys)]
+    assert [*map(first.line_of, keys)] == [*map(Board(2, first.descriptor).line_of, keys)]
 
 
 def test_connections_go_to_who_has_fewest_of_those_that_take_them() -> None:

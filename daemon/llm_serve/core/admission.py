@@ -10,9 +10,8 @@ Invariants, checked after every step in tests:
 - everybody who enters is let in, refused, or leaves: nobody is lost.
 
 Several front ends before one engine share its batch and the one limit of those who wait: each counts what the others
-have let in and keep waiting, and of the requests that are next at their gates the oldest goes first. So no gate
-starves, whichever of them the kernel hands the connections to; the keys' turns and the limit of one key are each
-gate's own.
+have let in and keep waiting, of each key too, and of the requests that are next at their gates the oldest goes first.
+So no gate starves, whichever of them the kernel hands the connections to; the keys' turns are each gate's own.
 """
 
 from __future__ import annotations
@@ -68,13 +67,13 @@ class Queue(Generic[T]):
         line = next(iter(self._lines.values()), None)
         return next(iter(line.values())) if line else NEVER
 
-    def pop(self) -> T:
-        """Take out whose turn it is."""
+    def pop(self) -> tuple[bytes, T]:
+        """Take out whose turn it is, and its key."""
         key, line = next(iter(self._lines.items()))
         item, _ = line.popitem(last=False)
         self._lines.move_to_end(key)
         self._took_from(key, line)
-        return item
+        return key, item
 
     def remove(self, key: bytes, item: T) -> bool:
         """Take `item` out. False when it was not there any more."""
@@ -151,16 +150,18 @@ class Admission(Generic[T]):
     def wait(self, key: bytes, item: T, at: float = 0.0) -> bool:
         """Let `item`, which came at this time, wait. False when there is no room for it."""
         free = self._limit - self.waiting
-        if free <= 0 or (self._is_shared and self._queue.count(key) >= _GREED * free):
+        if free <= 0 or (self._is_shared and self._queue.count(key) + self._company.waiting(key) >= _GREED * free):
             return False
         self._queue.push(key, item, at)
+        self._company.tell_waiting(key, 1)
         self._tell()
         return True
 
     def withdraw(self, key: bytes, item: T) -> bool:
         """Let `item` wait no longer. False when it had been taken out before."""
-        was_there = self._queue.remove(key, item)
-        self._tell()
+        if was_there := self._queue.remove(key, item):
+            self._company.tell_waiting(key, -1)
+            self._tell()
         return was_there
 
     @property
@@ -171,14 +172,14 @@ class Admission(Generic[T]):
     def due(self) -> Iterator[T]:
         """Let in, and take out, as many as there is room for and whose turn it is."""
         while self._queue and self._is_next(others := self._company.others()) and self._room(others) > 0:
-            item = self._queue.pop()
+            item = self._take_out()
             self._let_in()
             yield item
 
     def everybody(self) -> Iterator[T]:
         """Take out all who wait, without letting them in."""
         while self._queue:
-            item = self._queue.pop()
+            item = self._take_out()
             self._tell()
             yield item
 
@@ -186,6 +187,11 @@ class Admission(Generic[T]):
         """A request that was let in has ended."""
         self.inside -= 1
         self._tell()
+
+    def _take_out(self) -> T:
+        key, item = self._queue.pop()
+        self._company.tell_waiting(key, -1)
+        return item
 
     def _let_in(self) -> None:
         self.inside += 1

@@ -46,6 +46,12 @@ class Company(Protocol):
     def tell_work(self, *, given: int, suspects: int) -> None:
         """What of it is with the engine; see Other."""
 
+    def waiting(self, key: bytes) -> int:
+        """How many of this key wait at the others' gates; now and then another key's are counted along."""
+
+    def tell_waiting(self, key: bytes, change: int) -> None:
+        """So many more of this key, or fewer, wait at this front end's gate."""
+
 
 class Alone:
     """The company of an only front end."""
@@ -58,6 +64,13 @@ class Alone:
         """Nobody listens."""
 
     def tell_work(self, *, given: int, suspects: int) -> None:
+        """Nobody listens."""
+
+    def waiting(self, key: bytes) -> int:  # noqa: ARG002 - as the protocol has it
+        """Nobody's."""
+        return 0
+
+    def tell_waiting(self, key: bytes, change: int) -> None:
         """Nobody listens."""
 
 

@@ -6,6 +6,7 @@ nobody waits for anybody. The memory has no name: it goes with the last process 
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import time
@@ -19,6 +20,9 @@ from llm_serve.core.tally import WIDTH as TALLY_WIDTH
 FRESH_S = 1.0
 """A front end whose loop has not turned for so long keeps nobody from a turn at its gate or at the door."""
 _BYTES = 8
+_LINES = 256
+_SALT_BYTES = 8
+"""At the head of the memory. It makes the hash one that nobody can look for somebody else's line with."""
 
 
 class _Cell:
@@ -93,9 +97,11 @@ class Row:
     """What the engine last told it of its work, and when: the engine tells one of them after each step."""
     tally = _Cells(TALLY_WIDTH)
     """What its clients have got so far; see core/tally.py."""
+    lines = _Cells(_LINES)
+    """How many wait at its gate, by a hash of their keys: two keys may share a line."""
 
     def __init__(self, cells: MutableSequence[float], place: int) -> None:
-        self.cells, self.place, self.first = cells, place, place * self.width
+        self.cells, self.place, self.first = cells, place, _SALT_BYTES // _BYTES + place * self.width
 
     def clear(self) -> None:
         """Forget it: it has ended."""
@@ -124,13 +130,20 @@ class Board:
     """The rows of all front ends. `descriptor` is what another process needs, beside the number of places."""
 
     def __init__(self, places: int, descriptor: int | None = None) -> None:
-        size = places * Row.width * _BYTES
+        size = _SALT_BYTES + places * Row.width * _BYTES
         if descriptor is None:
             descriptor = os.memfd_create("llm-serve-board", os.MFD_CLOEXEC)
             os.ftruncate(descriptor, size)
+            os.pwrite(descriptor, os.urandom(_SALT_BYTES), 0)
         self.descriptor = descriptor
-        cells: Any = memoryview(mmap.mmap(descriptor, size)).cast("d")
+        memory = mmap.mmap(descriptor, size)
+        self._salt = memory[:_SALT_BYTES]
+        cells: Any = memoryview(memory).cast("d")
         self.rows = tuple(Row(cells, place) for place in range(places))
+
+    def line_of(self, key: bytes) -> int:
+        """The place among a row's `lines` where those of this key are counted."""
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4, key=self._salt).digest(), "big") % _LINES
 
     def newest_load(self) -> tuple[float, Load]:
         """The engine's work as it told any of them last, and when that was: 0 when it has not."""
@@ -160,6 +173,15 @@ class Seat:
         """What of it is with the engine."""
         self.row.suspects = suspects
         self.row.given = given
+
+    def waiting(self, key: bytes) -> int:
+        """How many of this key wait at the others' gates."""
+        line = self.board.line_of(key)
+        return int(sum(row.lines[line] for row in self.board.rows if row.place != self.place))
+
+    def tell_waiting(self, key: bytes, change: int) -> None:
+        """So many more of this key, or fewer, wait at this front end's gate."""
+        self.row.lines[self.board.line_of(key)] += change
 
     def tell_load(self, load: Load) -> None:
         """The engine has told this one of its work."""
