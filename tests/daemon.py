@@ -93,7 +93,10 @@ class Daemon:
         text: str | None = None,
         environ: Mapping[str, str] | None = None,
         wrapped_in: Sequence[str] = (),
+        is_apart: bool = False,
     ) -> None:
+        """`is_apart`: in a session of its own, as a service is. The kernel shares CPU time between sessions, so that it
+        computes while clients are busy, for benches; and while tests want to look, where that is in their way."""
         self.folder = Path(tempfile.mkdtemp(prefix="lls-"))  # short: the path of a unix socket has 107 characters
         self.runtime, self.temporary = self.folder / "run", self.folder / "tmp"
         for folder in (self.runtime, self.temporary):
@@ -107,6 +110,7 @@ class Daemon:
         whole = dict(tables) | {"server": server, "engine": engine}
         self.file.write_text(text if text is not None else instance_text(model, whole))
         self._wrapped_in = wrapped_in
+        self._group: dict[str, Any] = {"start_new_session": True} if is_apart else {"process_group": 0}
         self._log = self.folder / "log"
         self._environ = self._environment() | dict(environ or {})
         self._shared_before = set(_SHARED_MEMORY.iterdir())
@@ -124,11 +128,10 @@ class Daemon:
     # Its life.
     def start(self) -> Daemon:
         """Start the process and return at once."""
-        # In the tests' session: one of its own would be a scheduling group, and its engine would starve the tests.
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*self._wrapped_in, sys.executable, "-c", _CONSOLE_ENTRY, "run", str(self.file)],
-                env=self._environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0,
+                env=self._environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._group,
             )  # fmt: skip
         return self
 

@@ -334,7 +334,7 @@ def main() -> None:
         names = [name for name in (*CONNECTIONS, *REQUESTS) if any(map(name.startswith, asked.only.split(",")))]
         with tempfile.TemporaryDirectory() as folder:
             tables = _tables(Path(folder), is_open=asked.open)
-            daemon = Daemon(ensure_demo_model(default_cache(os.environ), print), tables)
+            daemon = Daemon(ensure_demo_model(default_cache(os.environ), print), tables, is_apart=True)
             control = daemon.port + 1 if daemon.port < 65_535 else daemon.port - 1
             try:
                 with _program("--control", "--port", str(control)):

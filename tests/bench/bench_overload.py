@@ -130,7 +130,7 @@ def measure(model: Path, factors: list[float], seconds: float) -> Figures:
         keys.write_text("\n".join(_KEYS.values()) + "\n")
         keys.chmod(0o600)
         server = {"api_keys": str(keys), "max_queued": _MAX_QUEUED, "hold_timeout_s": 120}
-        daemon = Daemon(model, {"server": server}).start()
+        daemon = Daemon(model, {"server": server}, is_apart=True).start()
         try:
             daemon.wait_ready()
             return asyncio.run(_measure(daemon.url, factors, seconds))

@@ -165,7 +165,7 @@ def ours(model: Path, arguments: Mapping[str, Any]) -> Iterator[Server]:
     engine = dict(arguments) | {"served_model_name": [servers.MODEL_NAME]}
     # As patient as the loop that it is compared with, which starts again for ever.
     recovery = {"stall_timeout_s": _STALL_TIMEOUT_S, "restart_limit": 1000}
-    daemon = Daemon(model, {"engine": engine, "recovery": recovery}).start()
+    daemon = Daemon(model, {"engine": engine, "recovery": recovery}, is_apart=True).start()
     try:
         daemon.wait_for_answers()
         yield Server(
@@ -310,7 +310,9 @@ _PARTS = {
 def gap(model: Path, rounds: int) -> dict[str, Figures]:
     """One stream, gone on with after each kill: what its client waits for."""
     engine = dict(servers.ARGUMENTS) | {"served_model_name": [servers.MODEL_NAME]}
-    daemon = Daemon(model, {"engine": engine, "recovery": {"restart_limit": 1000}, "log": {"format": "json"}}).start()
+    daemon = Daemon(
+        model, {"engine": engine, "recovery": {"restart_limit": 1000}, "log": {"format": "json"}}, is_apart=True
+    ).start()
     try:
         seen = [_parts_of_gap(daemon.wait_ready()) for _ in range(rounds)]
     finally:

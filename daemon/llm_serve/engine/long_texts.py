@@ -14,11 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from llm_serve.host.cpus import step_back
+
 _SHORT_CHARS = 64 << 10
 """What is read as vLLM does it, in 0.1 s at most; all prompts of a request together."""
 _CHARS_PER_TOKEN = 16
 _LEAST_CHARS = 256 << 10
-_aside = ThreadPoolExecutor(1, "long-texts")
+_aside = ThreadPoolExecutor(1, "long-texts", initializer=step_back)
 _limit = 0
 _longest = 0
 
