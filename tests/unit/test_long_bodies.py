@@ -50,11 +50,32 @@ def test_the_next_long_body_waits_in_proportion_to_what_the_last_one_took() -> N
     play(story())
 
 
+def test_others_have_a_turn_before_and_after() -> None:
+    """Three long pieces of work for the loop follow each other: put together, looked at here, and parsed by vLLM."""
+
+    async def story() -> None:
+        work = Work(0.05)
+        turns: list[float] = []
+
+        async def other() -> None:
+            while True:
+                turns.append(work.now)
+                await asyncio.sleep(0.01)
+
+        others = asyncio.create_task(other())
+        await work.door().look(work.look, LONG)
+        others.cancel()
+        assert turns[0] == 0.0
+        assert turns.count(0.05) >= 2
+
+    play(story())
+
+
 def test_short_bodies_pass_while_long_ones_wait() -> None:
     """Without a turn of the loop, even."""
 
     async def story() -> None:
-        work = Work(1.0)
+        work = Work(0.5)
         door = work.door()
         await door.look(work.look, LONG)
         waiting = asyncio.create_task(door.look(work.look, LONG))
