@@ -116,10 +116,11 @@ def test_from_zero_without_network(debian: Path, packages: dict[str, Path], tmp_
         way.tell()
 
 
-def test_piuparts(packages: dict[str, Path], tmp_path: Path) -> None:
-    """Installed, removed, purged and installed again in a bare Debian by Debian's own judge of packages."""
-    words = ["piuparts", "--distribution=bookworm", "--no-eatmydata", "--warn-on-debsums-errors", "--log-level=info"]
+def test_piuparts(debian: Path, packages: dict[str, Path], tmp_path: Path) -> None:
+    """Installed, removed, purged and installed again by Debian's own judge of packages, where systemd is already: what
+    that leaves behind when it is purged is not ours."""
     log = tmp_path / "piuparts.log"
-    done = subprocess.run([*words, f"--log-file={log}", str(packages[OLD])], check=False, capture_output=True)
-    print(log.read_text()[-3000:])
+    words = ["piuparts", "--distribution=bookworm", f"--existing-chroot={debian}", f"--log-file={log}"]
+    done = subprocess.run([*words, "--no-eatmydata", str(packages[OLD])], check=False, stdout=subprocess.DEVNULL)
+    print("\n".join(log.read_text().splitlines()[-40:]))
     assert 0 == done.returncode
