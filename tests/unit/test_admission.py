@@ -350,10 +350,15 @@ class Crowd(RuleBasedStateMachine):
 
     @rule(gate=gates_)
     def gate_looks(self, gate: int) -> None:
-        """The oldest of those at open gates goes first, wherever it is."""
+        """Of those that are next at open gates the oldest goes first; at each, its key's oldest."""
         for item in self.gates[gate].due():
             assert gate == self.waiting.pop(item)
-            assert not any(other < item for other, at in self.waiting.items() if self.gates[at].is_open), "out of turn"
+            here = (other for other, at in self.waiting.items() if at == gate)
+            assert not any(other < item for other in here if self.key_of[other] == self.key_of[item]), (
+                "past its own key"
+            )
+            next_elsewhere = [seat.row.first_since for seat in self.seats if seat.place != gate]
+            assert all(item < since for since in next_elsewhere if since), "out of turn"
             self.check_room()
 
     @rule()
