@@ -206,7 +206,7 @@ def test_a_start_that_stands_still_gets_no_more_time(short_start: Machine) -> No
     short_start.wait_until(lambda: "engine's processes" in short_start.show(UNIT, "StatusText"), 60, "an engine start")
     short_start.wait_until(lambda: len(_pids(short_start)) >= 4, 30, "EngineCore")
     frozen = _pids(short_start) - {main}
-    short_start.run("kill", "-STOP", *frozen)
+    short_start.run("kill", "-STOP", *frozen, check=False)  # one that only asked something may have ended
     short_start.wait_until(lambda: short_start.show(UNIT, "MainPID") != main, 90, "systemd to end it")
     said = [str(entry.get("MESSAGE")) for entry in short_start.journal(UNIT)]
     assert any("start operation timed out" in each for each in said), said[-20:]
