@@ -97,15 +97,19 @@ def test_every_one_serves_and_the_instance_is_whole(crowd: Daemon) -> None:
 
 def test_what_is_in_flight_is_told_of_each_and_of_all(crowd: Daemon) -> None:
     """By whoever is asked, a tenth of a second later at the latest; and what is given up is in flight no more."""
-    with streams(crowd, 2 * COUNT, GIVEN_UP):
-        seen = eventually(crowd.status, lambda now: 2 * COUNT == now["requests_in_flight"], within_s=5, what="all")
-    none = eventually(crowd.status, lambda now: not now["requests_in_flight"], within_s=20, what="nothing in flight")
 
-    each_one = [each["requests_in_flight"] for each in seen["front_ends"]]
-    assert 0 == seen["requests_held"]
-    assert (COUNT, 2 * COUNT) == (len(each_one), sum(each_one))
+    def told() -> tuple[int, list[int], int]:
+        now = crowd.status()
+        each = [front_end["requests_in_flight"] for front_end in now["front_ends"]]
+        return now["requests_in_flight"], each, now["requests_held"]
+
+    with streams(crowd, 2 * COUNT, GIVEN_UP):
+        whole = lambda seen: 2 * COUNT == seen[0] == sum(seen[1])  # noqa: E731 - used once
+        _, each_one, held = eventually(told, whole, within_s=5, what="all of them")
+    eventually(told, (0, [0] * COUNT, 0).__eq__, within_s=20, what="nothing in flight")
+
+    assert (COUNT, 0) == (len(each_one), held)
     assert max(each_one) < 2 * COUNT
-    assert [0] * COUNT == [each["requests_in_flight"] for each in none["front_ends"]]
 
 
 def test_nobody_fits_in_twice_and_nobody_is_passed_over(crowd: Daemon) -> None:
