@@ -1,8 +1,8 @@
 """Where the seconds of a rebuild go on a real GPU: every thread of every process, sampled while EngineCore is killed.
 
-    python -m tests.gpu.profile --model FOLDER --samples FOLDER [--variant NAME]
+    python -m tests.gpu.profile --model FOLDER --samples FOLDER [--variant NAME] [--kills N]
 
-Prints, for each process that had a part in it, how long its busiest thread was in which function.
+Prints, for each kill and each process that had a part in it, how long its busiest thread was in which function.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.daemon import Daemon
 from tests.gpu import recovery
 
 _HERE = Path(__file__).parent
-_KILLS = 2
 
 
 def main() -> None:
-    """Kill the engine twice, and keep the samples of the second rebuild."""
+    """Kill the engine, the first time with whatever is not in the caches yet, and tell of each rebuild."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--samples", type=Path, required=True)
     parser.add_argument("--variant", choices=list(recovery.VARIANTS), default="as it is")
+    parser.add_argument("--kills", type=int, default=2)
     given = parser.parse_args()
     given.samples.mkdir(parents=True, exist_ok=True)
     variant = recovery.VARIANTS[given.variant]
@@ -39,28 +40,27 @@ def main() -> None:
         environ = {"LLM_SERVE_SAMPLES": str(given.samples), "PYTHONPATH": path}
         with stage.daemon(env=env, engine=variant.get("engine", {}), environ=environ) as daemon:
             recovery.until_serving(daemon, 1, 300)
-            for _ in range(_KILLS):
-                began = time.time()
-                os.kill(recovery.engine_core(daemon), signal.SIGKILL)
-                answer = daemon.chat(max_tokens=1)
-                ended = time.time()
-                print(json.dumps({"answered": answer.status_code, "after s": round(ended - began, 2)}), flush=True)
-    for file in sorted(given.samples.glob("*.jsonl")):
-        _cut(file, began, ended)
-        _tell(file, began)
+            kills = [_killed(daemon) for _ in range(given.kills)]
+    for number, (began, ended) in enumerate(kills, 1):
+        print(f"kill {number}: answered after {ended - began:.2f} s")
+        for file in sorted(given.samples.glob("*.jsonl")):
+            _tell(file, began, ended)
 
 
-def _cut(file: Path, began: float, ended: float) -> None:
-    """Keep what was seen between these two moments."""
-    lines = [line for line in file.read_text().splitlines() if began <= float(line[1 : line.index(",")]) <= ended]
-    file.write_text("\n".join(lines)) if lines else file.unlink()
+def _killed(daemon: Daemon) -> tuple[float, float]:
+    """When the engine was killed, and when the next answer was there."""
+    began = time.time()
+    os.kill(recovery.engine_core(daemon), signal.SIGKILL)
+    assert daemon.chat(max_tokens=1).status_code == 200
+    return began, time.time()
 
 
-def _tell(file: Path, began: float) -> None:
+def _tell(file: Path, began: float, ended: float) -> None:
     """The functions of vLLM or of ours in which the busiest thread was longest, with when it was there first."""
-    if not file.exists():
+    lines = file.read_text().splitlines()
+    samples = [json.loads(line) for line in lines if began <= float(line[1 : line.index(",")]) <= ended]
+    if not samples:
         return
-    samples = [json.loads(line) for line in file.read_text().splitlines()]
     busiest, _ = collections.Counter(thread for _, thread, _ in samples).most_common(1)[0]
     own = [(moment, frames) for moment, thread, frames in samples if thread == busiest]
     seconds: collections.Counter[str] = collections.Counter()

@@ -238,27 +238,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "env": {"VLLM_USE_MEGA_AOT_ARTIFACT": "1"},
         "engine": {"cudagraph_capture_sizes": SPARSE_SIZES},
     },
+    "mega artifact, whole graphs": {
+        "env": {"VLLM_USE_MEGA_AOT_ARTIFACT": "1"},
+        "engine": {"compilation_config": {"cudagraph_mode": "FULL"}},
+    },
     "eager": {"engine": {"enforce_eager": True}},
 }
 """What may make a rebuild faster. vLLM uses the mega artifact by itself from torch 2.12 on."""
 
 
 def rebuilds(stage: Stage) -> Row:
-    """Seconds from the death of an idle engine to the next answer, by variant (LLM_SERVE_VARIANTS, by semicolons); three
-    kills, of which the first compiles."""
+    """Seconds from the death of an idle engine to the next answer, by variant (LLM_SERVE_VARIANTS, by semicolons); as many
+    kills as LLM_SERVE_KILLS says."""
     row: Row = {}
     for name in os.environ.get("LLM_SERVE_VARIANTS", ";".join(VARIANTS)).split(";"):
         variant = VARIANTS[name]
         env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | variant.get("env", {})
         with stage.daemon(env=env, engine=variant.get("engine", {})) as daemon:
             until_serving(daemon, 1, 300)
-            row[name] = []
-            for _ in range(3):
+            row[name], kills = [], int(os.environ.get("LLM_SERVE_KILLS", "3"))
+            for _ in range(kills):
                 began = time.monotonic()
                 os.kill(engine_core(daemon), signal.SIGKILL)
                 assert daemon.chat(max_tokens=1).status_code == 200
                 row[name].append(round(time.monotonic() - began, 2))
-            lines = [line[:120] for line in _phases(daemon, 4) if "Capturing" not in line]
+            lines = [line[:120] for line in _phases(daemon, kills + 1) if "Capturing" not in line]
             row[f"{name}: log"] = lines if name != "as it is" else []
     return row
 
