@@ -74,8 +74,14 @@ def instance_text(model: str | Path, tables: Tables) -> str:
     """An instance file. What TOML has in common with JSON is all that a test needs."""
     lines = [f"model = {json.dumps(str(model))}"]
     for name, table in tables.items():
-        lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + "}"
+    return json.dumps(value)
 
 
 class Daemon:
