@@ -39,6 +39,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from llm_serve.core import progress
 from llm_serve.core.errors import ConfigError
 from llm_serve.engine import (
+    assembler,
     attach,
     factory,
     forkserver,
@@ -304,6 +305,13 @@ OF_OTHERS = {"CUDA_DEVICE_ORDER": "the CUDA driver", "SPT_NOENV": "setproctitle"
 def test_every_variable_that_is_set_is_read(name: str) -> None:
     """A variable that vLLM does not know any more would be set in vain."""
     assert name in envs.environment_variables
+
+
+def test_triton_reads_the_assembler_where_torch_would_name_it() -> None:
+    """By this variable torch tells Triton of its own ptxas, where it has one."""
+    tasks = importlib.import_module("torch._inductor.runtime.compile_tasks")
+
+    assert assembler.VARIABLE in inspect.getsource(tasks._set_triton_ptxas_path)
 
 
 def test_a_process_with_a_title_keeps_its_environment() -> None:

@@ -10,6 +10,7 @@ import gc
 import importlib
 import logging
 import os
+import pkgutil
 import socket
 from collections.abc import Iterator
 
@@ -24,19 +25,24 @@ _CUDA = (
     # What these would load by themselves in the middle of a start, and every start anew.
     "vllm.compilation.backends",
     "vllm.compilation.caching",
+    "vllm.compilation.piecewise_backend",
     "vllm.distributed.elastic_ep.elastic_execute",
     "vllm.model_executor.layers.quantization.online.base",
+    "vllm.model_executor.models.adapters",
     "vllm.model_executor.models.qwen3_vl",
     "vllm.model_executor.warmup.kernel_warmup",
+    "vllm.utils.jit_monitor",
     "vllm.v1.attention.backends.flex_attention",
     "vllm.v1.attention.backends.triton_attn",
     "vllm.v1.attention.backends.turboquant_attn",
     "vllm.v1.core.sched.async_scheduler",
+    "vllm.v1.worker.gpu.model_states.default",
+    "torch.fx.experimental.validator",
     "torch._inductor.compile_fx",
     "torch._inductor.fx_passes.joint_graph",
     "torch._inductor.fx_passes.pad_mm",
     "torch._inductor.fx_passes.fuse_attention",
-    "sympy.tensor",
+    "sympy.tensor.tensor",
 )
 _FRONT_END = ("llm_serve.front_ends.front_end", *loading.DAEMON_IMPORTS)
 """What front ends share the memory of, where they are forked as well; the first engine waits for it."""
@@ -55,7 +61,12 @@ def _modules(architectures: list[str]) -> Iterator[str]:
     yield from _ALWAYS
     from vllm.platforms import current_platform
 
-    yield from _CPU if current_platform.is_cpu() else _CUDA
+    if current_platform.is_cpu():
+        yield from _CPU
+    else:
+        yield from _CUDA
+        patterns = importlib.import_module("torch._inductor.fx_passes.serialized_patterns")
+        yield from (each.name for each in pkgutil.iter_modules(patterns.__path__, f"{patterns.__name__}."))
     from vllm.model_executor.models import registry
 
     for architecture in architectures:
@@ -84,10 +95,11 @@ def _freeze() -> None:
     gc.unfreeze = lambda: None
 
 
-def _hash_triton() -> None:
-    """Let Triton read its own files now: every process would hash them anew to find its cached kernels."""
-    with contextlib.suppress(Exception):  # where there is no Triton, or one that keeps this elsewhere
-        importlib.import_module("triton.runtime.cache").triton_key()
+def _hash_sources() -> None:
+    """Let Triton and torch read their own files now: every process would hash them anew to find what is cached."""
+    for module, function in (("triton.runtime.cache", "triton_key"), ("torch._inductor.codecache", "torch_key")):
+        with contextlib.suppress(Exception):  # where there is no Triton, or one that keeps this elsewhere
+            getattr(importlib.import_module(module), function)()
 
 
 def _tell_ends() -> None:
@@ -129,6 +141,6 @@ forkserver.install()
 startup_plans.install()
 orphans.install()
 grammars.install_in_engines()
-_hash_triton()
+_hash_sources()
 _tell_ends()
 _freeze()
