@@ -124,15 +124,10 @@ def build(offered: bytes, place: int, places: int) -> Client:
         from vllm.utils.network_utils import make_zmq_listener
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from llm_serve.engine import gathering, grammars, long_texts, media_cache, pieces, tokenizer_copies
+        from llm_serve.engine import long_texts, replaced
         from llm_serve.engine.steps import StepWatch
 
-        tokenizer_copies.install()
-        media_cache.install()
-        long_texts.install()
-        pieces.install()
-        gathering.install()
-        grammars.install()
+        replaced.install()
         requests, answers = offer.addresses[place - 1]
         listener = make_zmq_listener(f"{requests}-{uuid.uuid4().hex[:8]}", zmq.ROUTER)
         steps = StepWatch()

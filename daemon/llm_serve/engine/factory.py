@@ -223,17 +223,7 @@ class Factory:
         self._collector.phase = IMPORTING
         with forkserver.environment(engine_environment(plan) | self.placement.env | private):
             loading.import_vllm()
-            from llm_serve.engine import (
-                arguments,
-                effective,
-                forced,
-                gathering,
-                grammars,
-                media_cache,
-                numa,
-                pieces,
-                tokenizer_copies,
-            )
+            from llm_serve.engine import arguments, effective, forced, numa, replaced
             from llm_serve.engine.steps import StepWatch
 
             args = arguments.parse_plan(plan, source=source, text=text)
@@ -252,12 +242,7 @@ class Factory:
             self.built = effective.effective(config, self.device_memory_bytes)
             arguments.check_model(args, source=source, text=text)
             forced.install(config)
-            tokenizer_copies.install()
-            media_cache.install()
-            long_texts.install()
-            pieces.install()
-            gathering.install()
-            grammars.install()
+            replaced.install()
             forkserver.install()
             self._collector.phase = LAUNCHING
             steps = StepWatch()

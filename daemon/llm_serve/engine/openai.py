@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 
+from llm_serve.engine import short_texts
 from llm_serve.web.errors import error_response
 
 
@@ -55,6 +56,7 @@ async def bind(app: Any, survivor: Any, args: Namespace, tasks: Sequence[str]) -
     _keep_from_loading_the_tokenizer_again(survivor)
     initialised = init_app_state(survivor, app.state, args, tuple(tasks))
     await (initialised if args.tool_server else asyncio.to_thread(asyncio.run, initialised))
+    short_texts.trust(getattr(app.state, "openai_serving_chat", None))
 
 
 def _keep_from_loading_the_tokenizer_again(survivor: Any) -> None:

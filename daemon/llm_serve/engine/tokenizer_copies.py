@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import threading
 from typing import Any
 
@@ -25,9 +26,22 @@ def make_pool(tokenizer: Any, copies: int = 1) -> Any:
     was_pool = isinstance(tokenizer, ThreadSafeHFTokenizerMixin)
     pool = maybe_make_thread_pool(tokenizer, 0)
     if isinstance(pool, ThreadSafeHFTokenizerMixin) and not was_pool:
+        type(pool).free_copies = _copies_of(type(pool))
         for _ in range(copies):
             threading.Thread(target=_borrow_one, args=(pool,), name="tokenizer-copy", daemon=True).start()
     return pool
+
+
+def is_one_free(tokenizer: Any) -> bool:
+    """Whether who asks for a copy now need not wait until one is made, half a second."""
+    free = getattr(type(tokenizer), "free_copies", None)
+    return free is not None and not free.empty()
+
+
+def _copies_of(kind: Any) -> Any:
+    """The queue that the methods of a pool borrow from."""
+    borrow = inspect.getclosurevars(kind.__call__).nonlocals["_borrow_from_pool"]
+    return inspect.getclosurevars(inspect.unwrap(borrow)).nonlocals["tokenizer_pool"]
 
 
 def _borrow_one(pool: Any) -> None:
