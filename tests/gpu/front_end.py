@@ -177,13 +177,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path)
+    parser.add_argument("--caches", type=Path, help="a folder of an earlier run, so that this one begins warm")
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.engine:
         return asyncio.run(_engine(given.model))
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        stage = recovery.Stage(given.model, Path(folder), given.logs)
+        stage = recovery.Stage(given.model, Path(folder), given.logs, given.caches)
         for name in given.only:
             rows[name] = _measure(name, stage, given.streams, given.rounds)
             print(name, json.dumps(rows[name]), flush=True)

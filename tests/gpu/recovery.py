@@ -50,11 +50,11 @@ Row = dict[str, Any]
 class Stage:
     """Where the scenes play."""
 
-    def __init__(self, model: str, folder: Path, logs: Path | None) -> None:
+    def __init__(self, model: str, folder: Path, logs: Path | None, caches: Path | None = None) -> None:
         self.model, self.folder, self._logs = model, folder, logs
         # One folder each, as in the unit.
         names = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
-        self.caches = {name: str(folder / "cache" / name.lower()) for name in names}
+        self.caches = {name: str((caches or folder / "cache") / name.lower()) for name in names}
 
     @contextmanager
     def daemon(self, *, environ: dict[str, str] | None = None, **tables: dict[str, Any]) -> Iterator[Daemon]:
@@ -603,13 +603,14 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--logs", type=Path, help="a file to which the daemons' logs are added")
+    parser.add_argument("--caches", type=Path, help="a folder of an earlier run, so that this one begins warm")
     given = parser.parse_args()
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.only:
             began, before = time.monotonic(), used_mib()
             try:
-                rows[name] = SCENES[name](Stage(given.model, Path(folder), given.logs))
+                rows[name] = SCENES[name](Stage(given.model, Path(folder), given.logs, given.caches))
             except Exception:  # noqa: BLE001 - the other scenes still count
                 rows[name] = {"failed": traceback.format_exc()[-1500:]}
             rows[name] |= {"GPU MiB left": used_mib() - before, "scene s": round(time.monotonic() - began)}
