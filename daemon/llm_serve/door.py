@@ -17,7 +17,6 @@ from llm_serve.engine.openai_routes import Route
 from llm_serve.web import origins
 from llm_serve.web.asgi import Asgi
 from llm_serve.web.deadlines import Timeouts
-from llm_serve.web.doorway import WIDTH, Doorway
 from llm_serve.web.gate import Gate
 from llm_serve.web.keys import Keys
 from llm_serve.web.limits import Limits
@@ -34,7 +33,6 @@ def make_gate(settings: Settings, keys: tuple[str, ...], operations: Asgi, compa
         operations=operations,
         open_metrics=settings.server.open_metrics,
         company=company,
-        doorway=Doorway(WIDTH) if settings.server.front_ends > 1 else None,
     )
 
 

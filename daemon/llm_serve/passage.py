@@ -5,19 +5,14 @@ The gate opens a Passage for each request; whatever runs on its behalf finds it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class Passage:
-    """One request's history: `replays` counts engines that died under it, `resumes` those after its first output.
+    """One request's history: `replays` counts engines that died under it, `resumes` those after its first output."""
 
-    `arrive` is called when it is handed to an engine.
-    """
-
-    arrive: Callable[[], object] = bool
     replays: int = 0
     resumes: int = 0
     is_interrupted: bool = False

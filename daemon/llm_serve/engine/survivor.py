@@ -182,7 +182,6 @@ class Survivor(EngineClient):  # type: ignore[misc]  # vLLM's types are Any here
             await grammars.check(params, self._llm)
             while True:
                 llm, epoch = await self._turn(name, journey), self.epoch
-                journey.arrive()
                 try:
                     async for output in ask(llm, f"{request_id}-a{attempt}" if attempt else request_id):
                         output.request_id = request_id

@@ -26,7 +26,6 @@ from llm_serve.host.logs import get_logger
 from llm_serve.web.answer import Answer
 from llm_serve.web.asgi import Asgi, Receive, Scope, Send
 from llm_serve.web.assets import ASSETS
-from llm_serve.web.doorway import Doorway
 from llm_serve.web.errors import error_response
 from llm_serve.web.hold import Body, Budget, Reading, Verdict, Waiter
 from llm_serve.web.keys import Keys
@@ -70,7 +69,6 @@ class Gate:
         open_metrics: bool,
         hosts: Hosts = ANY_HOST,
         company: Company = ALONE,
-        doorway: Doorway | None = None,
     ) -> None:
         self._keys, self._hosts, self._limits, self._operations = keys, hosts, limits, operations
         self._open_paths = OPEN_PATHS | ({"/metrics"} if open_metrics else frozenset())
@@ -79,7 +77,6 @@ class Gate:
         self._ticker = Ticker(limits.stream_keep_alive_s)
         self._budget = Budget()
         self._long_bodies = LongBodies()
-        self._doorway = doorway or Doorway()
         self._refusal: Refusal | None = None
         self._closed_at: float | None = time.monotonic()
         self._past_s: deque[float] = deque(maxlen=_REMEMBERED)
@@ -296,14 +293,12 @@ class Gate:
         return "rejected"
 
     async def _pass(self, model: Asgi, scope: Scope, receive: Receive, answer: Answer) -> str:
-        step = await self._doorway.enter()
-        journey = passage.Passage(arrive=step.leave)
+        journey = passage.Passage()
         token = passage.current.set(journey)
         try:
             await model(scope, receive, answer)
         finally:
             passage.current.reset(token)
-            step.leave()
         return "rejected" if answer.is_refused else journey.outcome(is_complete=answer.is_complete)
 
 
