@@ -446,6 +446,28 @@ def test_the_application_is_built_and_bound_as_vllm_does() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_no_handler_looks_for_clients_that_have_gone(arguments: Any) -> None:
+    """The gate does that for all of them; each of vLLM's that does is known by its wrapper, and works without."""
+    from vllm.entrypoints.launchers.app import build_app
+
+    def handlers(app: Any) -> dict[str, Any]:
+        routes = (route for route in app.router.routes if "POST" in (getattr(route, "methods", None) or ()))
+        return {route.path: route.dependant.call for route in routes}
+
+    path = "/v1/chat/completions"
+    theirs, ours = (
+        handlers(build(arguments, ("generate",), None, *more))
+        for build, more in ((build_app, ()), (openai.build_app, (openai_routes.allowed(anthropic_messages=True),)))
+    )
+
+    assert theirs[path].__code__ is not ours[path].__code__
+    assert theirs[path].__wrapped__.__code__ is ours[path].__code__
+    looking = {each for each, handler in theirs.items() if handler.__code__ is theirs[path].__code__}
+    assert looking.isdisjoint({each for each, handler in ours.items() if handler.__code__ is theirs[path].__code__})
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/tokenize"} <= looking
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_every_route_on_our_list_is_vllm_s(arguments: Any) -> None:
     """With the tasks of chat and of embedding models, all allowed routes exist, and only they are left."""
     allowed = openai_routes.allowed(anthropic_messages=True)

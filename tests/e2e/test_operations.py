@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -224,6 +225,27 @@ def test_a_request_without_output_yet_is_replayed(shared: Daemon) -> None:
     assert 200 == answer.json()["usage"]["completion_tokens"]
     assert "length" == answer.json()["choices"][0]["finish_reason"]
     assert replayed + 1 == shared.metric('llm_serve_requests_total{outcome="replayed"}')
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_engine_stops_for_a_client_that_has_gone(shared: Daemon, path: str, *, stream: bool) -> None:
+    """Nobody would read what it goes on computing, streamed or not."""
+    running = f'vllm:num_requests_running{{engine="0",model_name="{MODEL_NAME}"}}'
+    aborted = shared.metric('llm_serve_requests_total{outcome="aborted"}')
+    what = {"prompt": "One, two,"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
+    body = {"model": MODEL_NAME, "max_tokens": 1900, "ignore_eos": True, "stream": stream, **what}
+
+    with (
+        httpx.Client(base_url=shared.url, timeout=1.5, trust_env=False) as impatient,
+        contextlib.suppress(httpx.ReadTimeout),
+        impatient.stream("POST", path, json=body) as answer,
+    ):
+        next(answer.iter_lines())
+        eventually(lambda: shared.metric(running), lambda count: count == 1, within_s=10, what=running)
+
+    eventually(lambda: shared.metric(running), lambda count: count == 0, within_s=2, what=running)
+    assert aborted + 1 == shared.metric('llm_serve_requests_total{outcome="aborted"}')
 
 
 def test_the_engines_own_counters_do_not_go_backwards(shared: Daemon) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +29,7 @@ def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed:
     app.middleware_stack = None  # vLLM's bootstrap has built it with that already
     app.router.routes = [route for route in app.router.routes if _is_allowed(route, allowed)]
     app.router.default = _not_served
+    _leave_departures_to_the_gate(app.router.routes)
     # vLLM's error handlers look at a server that they may stop; ours is not theirs to stop.
     app.state.server = SimpleNamespace(should_exit=False)
     return app
@@ -37,6 +38,17 @@ def build_app(args: Namespace, tasks: Sequence[str], model_config: Any, allowed:
 def _is_allowed(route: Any, allowed: frozenset[tuple[str, str]]) -> bool:
     path = getattr(route, "path", None)
     return any((method, path) in allowed for method in getattr(route, "methods", None) or ())
+
+
+def _leave_departures_to_the_gate(routes: Iterable[Any]) -> None:
+    """Take vLLM's own look for clients that have gone out of the way; see web/departure.py."""
+    from vllm.entrypoints.serve.utils.api_utils import with_cancellation
+
+    looks = with_cancellation(_not_served).__code__
+    for route in routes:
+        handler: Any = getattr(getattr(route, "dependant", None), "call", None)
+        if getattr(handler, "__code__", None) is looks:
+            route.dependant.call = handler.__wrapped__
 
 
 async def _not_served(scope: Any, receive: Any, send: Any) -> None:

@@ -26,6 +26,7 @@ from llm_serve.host.logs import get_logger
 from llm_serve.web.answer import Answer
 from llm_serve.web.asgi import Asgi, Receive, Scope, Send
 from llm_serve.web.assets import ASSETS
+from llm_serve.web.departure import ASGI, Departure
 from llm_serve.web.errors import error_response
 from llm_serve.web.hold import Body, Budget, Reading, Verdict, Waiter
 from llm_serve.web.keys import Keys
@@ -292,14 +293,17 @@ class Gate:
         await answer.refuse(response, scope, receive)
         return "rejected"
 
-    async def _pass(self, model: Asgi, scope: Scope, receive: Receive, answer: Answer) -> str:
+    async def _pass(self, model: Asgi, scope: Scope, body: Body, answer: Answer) -> str:
         journey = passage.Passage()
         token = passage.current.set(journey)
+        scope["asgi"] = ASGI
         try:
-            await model(scope, receive, answer)
+            with Departure(body, answer) as departure:
+                await model(scope, body, answer)
         finally:
             passage.current.reset(token)
-        return "rejected" if answer.is_refused else journey.outcome(is_complete=answer.is_complete)
+        is_complete = answer.is_complete and not departure.has_come
+        return "rejected" if answer.is_refused else journey.outcome(is_complete=is_complete)
 
 
 def _needs_engine(path: str) -> bool:

@@ -121,6 +121,14 @@ class Body:
             self._pending = None
             self._has_left = message["type"] == "http.disconnect"
 
+    async def until_the_end(self) -> None:
+        """Return when the client has gone, or its answer is complete; for while nobody else looks."""
+        pending, self._pending = self._pending, None
+        message = await (pending or self._receive())
+        while message["type"] != "http.disconnect":
+            message = await self._receive()
+        self._has_left = True
+
     async def stop_watching(self, watcher: asyncio.Task[None], *, is_over: bool) -> None:
         """End the watch. A look that is under way is kept for the one who looks next, unless all is over."""
         watcher.cancel()
