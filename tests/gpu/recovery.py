@@ -100,6 +100,14 @@ def used_mib() -> int:
     return sum(int(used) for (used,) in _asked("memory.used"))
 
 
+def _memory_back(before: int, patience_s: float = 10) -> Row:
+    """How much more of the GPU is in use than before, and after how long: a driver takes a moment to free it."""
+    began = time.monotonic()
+    while used_mib() > before and time.monotonic() - began < patience_s:
+        time.sleep(0.1)
+    return {"GPU MiB left": used_mib() - before, "GPU memory back after s": round(time.monotonic() - began, 1)}
+
+
 def _asked(fields: str) -> list[list[str]]:
     """What nvidia-smi says of each GPU."""
     out = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], check=True,
@@ -408,8 +416,9 @@ def telemetry(stage: Stage) -> Row:
 def utilization(stage: Stage) -> Row:
     """More of the GPU than there is: nobody holds it, so the share is what has to give."""
     with stage.daemon(engine={"gpu_memory_utilization": 0.999}) as daemon:
+        asked = daemon.later(daemon.chat)
         after_s = until_serving(daemon, 1, 400)
-        return {"serving after s": round(after_s, 1), **_story(daemon)}
+        return {"serving after s": round(after_s, 1), "asked at once": asked.result(60).status_code, **_story(daemon)}
 
 
 def capture(stage: Stage) -> Row:
@@ -419,6 +428,7 @@ def capture(stage: Stage) -> Row:
     command = [sys.executable, "-c", _HOG, "-0.04", str(trigger)]
     with stage.daemon() as daemon, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as thief:
         began = time.monotonic()
+        asked = daemon.later(daemon.chat)
         while "GPU KV cache size" not in daemon.log():
             assert time.monotonic() - began < 200, daemon.log()[-3000:]
             time.sleep(0.02)
@@ -430,7 +440,8 @@ def capture(stage: Stage) -> Row:
         thief.kill()
         failed = [failure["failure"] for failure in daemon.status()["failures"]]
         after_s = until_serving(daemon, 1, 400)
-        return {"serving after s": round(after_s, 1), "failures": failed, **_story(daemon)}
+        told = {"failures": failed, "asked at once": asked.result(60).status_code}
+        return {"serving after s": round(after_s, 1), **told, **_story(daemon)}
 
 
 def backends(stage: Stage) -> Row:
@@ -613,7 +624,7 @@ def main() -> None:
                 rows[name] = SCENES[name](Stage(given.model, Path(folder), given.logs, given.caches))
             except Exception:  # noqa: BLE001 - the other scenes still count
                 rows[name] = {"failed": traceback.format_exc()[-1500:]}
-            rows[name] |= {"GPU MiB left": used_mib() - before, "scene s": round(time.monotonic() - began)}
+            rows[name] |= _memory_back(before) | {"scene s": round(time.monotonic() - began)}
             print(name, json.dumps(rows[name], indent=1), flush=True)
             if given.json:
                 given.json.write_text(json.dumps(rows, indent=1))
