@@ -20,7 +20,7 @@ _TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{
 _OTHER = "{{ messages | length }} one two"
 _WORDS = ["[UNK]", "[", "]", "user", "system", "one", "two", "three"]
 _TOOL = {"type": "function", "function": {"name": "one", "parameters": {}}}
-_LONG = "one " * 1025
+_LONG = "one " * 513
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def _chat(content: Any = "one two", **more: Any) -> dict[str, Any]:
         ([_chat(), {"role": "system", "content": "three"}, _chat(name="me")], {}, True),
         ([_chat("")], {}, True),
         ([_chat(_LONG)], {}, False),
-        ([_chat(_LONG[:3000]), _chat(_LONG[:3000])], {}, False),
+        ([_chat(_LONG[:1500]), _chat(_LONG[:1500])], {}, False),
         ([_chat()] * 33, {}, False),
         ([_chat([{"type": "text", "text": "one"}])], {}, False),
         ([{"role": "assistant", "content": "one", "tool_calls": []}], {}, False),

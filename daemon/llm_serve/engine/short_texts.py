@@ -13,7 +13,7 @@ from typing import Any
 
 from llm_serve.engine import tokenizer_copies
 
-_SHORT_CHARS, _FEW = 4096, 32
+_SHORT_CHARS, _FEW = 2048, 32
 """All texts of a request together, which take 2 ms at most, and how many there may be."""
 _PLAIN = frozenset({"role", "content", "name"})
 
