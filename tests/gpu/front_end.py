@@ -39,13 +39,18 @@ Seen = tuple[float, list[float], float]
 """Seconds of a whole load, seconds to the first token of each request, and events per answer where there are any."""
 
 
+def _requests(streams: int) -> int:
+    return max(streams * _PER_STREAM, 32)
+
+
 # ---- clients ------------------------------------------------------------------------------------------
 
 
 def _over_http(url: str, streams: int) -> Seen:
     command = [sys.executable, "-m", "tests.bench.chats", url, MODEL_NAME]
-    parts = [str(streams // _CLIENTS), str(streams // _CLIENTS * _PER_STREAM), str(_TOKENS)]
-    clients = [subprocess.Popen([*command, *parts], stdout=subprocess.PIPE, text=True) for _ in range(_CLIENTS)]
+    count = min(_CLIENTS, streams)
+    parts = [str(streams // count), str(_requests(streams) // count), str(_TOKENS)]
+    clients = [subprocess.Popen([*command, *parts], stdout=subprocess.PIPE, text=True) for _ in range(count)]
     reports = [json.loads(client.communicate()[0]) for client in clients]
     # By the clients' own clocks: how long their interpreters take to start is not the server's doing.
     seconds = max(report["ended"] for report in reports) - min(report["began"] for report in reports)
@@ -137,7 +142,7 @@ async def _engine(model: str) -> None:
     params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True, temperature=0, output_kind=RequestOutputKind.DELTA)
 
     async def measure(streams: int) -> tuple[float, list[float]]:
-        left, first = iter(range(streams * _PER_STREAM)), []
+        left, first = iter(range(_requests(streams))), []
 
         async def worker() -> None:
             for number in left:
