@@ -192,6 +192,24 @@ def test_admission_is_asked_as_vllm_asks_it() -> None:
     ]
 
 
+@pytest.mark.parametrize("eos", [2, [2, 7]])
+def test_a_request_is_known_again_after_vllm_has_filled_it_in(eos: int | list[int]) -> None:
+    """One that kills engines is refused when it comes again: what vLLM does to it meanwhile does not count."""
+    from vllm.sampling_params import SamplingParams
+
+    asked = {"prompt_token_ids": [1, 2, 3]}
+    given, again = SamplingParams(max_tokens=8, stop_token_ids=[5]), SamplingParams(max_tokens=8, stop_token_ids=[5])
+    name = survivor._Name("one", asked, given)
+    before = name.fingerprint()
+
+    given.update_from_generation_config({"eos_token_id": eos}, 2)
+    given.max_tokens = 4
+
+    assert before == name.fingerprint() == survivor._Name("two", dict(asked), again).fingerprint()
+    assert before != survivor._Name("three", asked, SamplingParams(max_tokens=9, stop_token_ids=[5])).fingerprint()
+    assert before != survivor._Name("four", {"prompt_token_ids": [1, 2]}, again).fingerprint()
+
+
 def test_a_survivor_can_be_made() -> None:
     """No abstract method is left open."""
     assert 0 == survivor.Survivor(lambda _: None).epoch

@@ -282,8 +282,9 @@ class _Name:
 
     def __init__(self, request_id: str, prompt: Any, params: Any) -> None:
         self.request_id, self._prompt = request_id, prompt
-        # Taken now: vLLM fills some of them in later.
-        self._params = {**msgspec.structs.asdict(params), **_ANOTHER_TRY}
+        # Taken now: vLLM fills some of them in later. Those of its own (_) it also changes in place.
+        asked = {field: value for field, value in msgspec.structs.asdict(params).items() if field[0] != "_"}
+        self._params = asked | _ANOTHER_TRY
 
     def fingerprint(self) -> str:
         """The same for the same request sent again: prompt and parameters, but for what only makes it another try."""
