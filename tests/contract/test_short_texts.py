@@ -6,6 +6,7 @@ import asyncio
 import copy
 import importlib
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,8 +58,10 @@ def renderer(model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     short_texts.install()
     config = ModelConfig(model=str(model), dtype="float32")
     made: Any = hf.HfRenderer(VllmConfig(model_config=config), cached_tokenizer_from_config(config))
+    until = time.monotonic() + 30
     while not tokenizer_copies.is_one_free(made.tokenizer):
-        pass
+        assert time.monotonic() < until, "vLLM's copies are not found, or not made"
+        time.sleep(0.01)
     made.given_away = 0
     submit = made._executor.submit
 
@@ -159,6 +162,12 @@ def test_no_copy_of_the_tokenizer_is_made_on_the_loop(renderer: Any) -> None:
     asyncio.run(renderer.render_chat_async([[_chat()]], params, TokenizeParams(8192)))
 
     assert renderer.given_away
+
+
+def test_a_pool_that_is_made_otherwise_is_not_known() -> None:
+    """Then all texts are read as vLLM does it, and no start fails."""
+    assert tokenizer_copies._copies_of(dict) is None
+    assert tokenizer_copies._copies_of(type("Pool", (), {"__call__": lambda _: 1})) is None
 
 
 def test_an_error_is_the_same(renderer: Any) -> None:

@@ -65,8 +65,7 @@ def _modules(architectures: list[str]) -> Iterator[str]:
         yield from _CPU
     else:
         yield from _CUDA
-        patterns = importlib.import_module("torch._inductor.fx_passes.serialized_patterns")
-        yield from (each.name for each in pkgutil.iter_modules(patterns.__path__, f"{patterns.__name__}."))
+        yield from _below("torch._inductor.fx_passes.serialized_patterns")
     from vllm.model_executor.models import registry
 
     for architecture in architectures:
@@ -74,6 +73,14 @@ def _modules(architectures: list[str]) -> Iterator[str]:
             yield f"vllm.model_executor.models.{known[0]}"
     if os.environ.get(forkserver.FRONT_ENDS_VARIABLE):
         yield from _FRONT_END
+
+
+def _below(package: str) -> Iterator[str]:
+    """The modules of a package; none where it is missing."""
+    with contextlib.suppress(ImportError):
+        yield from (
+            each.name for each in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")
+        )
 
 
 def _load(names: Iterator[str]) -> None:

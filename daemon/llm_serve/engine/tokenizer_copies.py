@@ -39,9 +39,11 @@ def is_one_free(tokenizer: Any) -> bool:
 
 
 def _copies_of(kind: Any) -> Any:
-    """The queue that the methods of a pool borrow from."""
-    borrow = inspect.getclosurevars(kind.__call__).nonlocals["_borrow_from_pool"]
-    return inspect.getclosurevars(inspect.unwrap(borrow)).nonlocals["tokenizer_pool"]
+    """The queue that the methods of a pool borrow from; None where vLLM keeps it elsewhere: then none is known free."""
+    with contextlib.suppress(KeyError, TypeError):
+        borrow = inspect.getclosurevars(kind.__call__).nonlocals["_borrow_from_pool"]
+        return inspect.getclosurevars(inspect.unwrap(borrow)).nonlocals["tokenizer_pool"]
+    return None
 
 
 def _borrow_one(pool: Any) -> None:
