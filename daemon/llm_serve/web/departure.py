@@ -1,7 +1,7 @@
 """Ends the work for a client that has gone, whatever the model's application does at the moment.
 
-vLLM and Starlette look for that themselves, each in tasks that are made and ended for every request. That costs time and
-turns of the event loop before the engine knows the request. One look for both is here.
+vLLM and Starlette look for that themselves, each in tasks that are made and ended for every request. That costs time,
+and turns of the event loop before the engine knows the request. One look for both is here.
 """
 
 from __future__ import annotations
