@@ -2,7 +2,8 @@
 
     python -m tests.bench.chats URL MODEL STREAMS REQUESTS TOKENS
 
-prints one line of JSON: when it began and ended, seconds to the first event of each answer, and all events.
+says "ready", begins at a line of its input, so that several can begin together, and prints one line of JSON: when it began
+and ended, seconds to the first event of each answer, and all events.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def main() -> None:
     """Load a server and report."""
     url, model, *numbers = sys.argv[1:]
     streams, requests, tokens = map(int, numbers)
+    print("ready", flush=True)
+    sys.stdin.readline()
     began = time.time()
     first, events = asyncio.run(run(url, model, streams, requests, tokens))
     print(json.dumps({"began": began, "ended": time.time(), "first": first, "events": events}))

@@ -40,7 +40,8 @@ Seen = tuple[float, list[float], float]
 
 
 def _requests(streams: int) -> int:
-    return max(streams * _PER_STREAM, 32)
+    """Some seconds of them: where few run at once, a load of the same number of turns would be over too soon."""
+    return max(streams * _PER_STREAM, min(streams * 32, 1024))
 
 
 # ---- clients ------------------------------------------------------------------------------------------
@@ -50,9 +51,18 @@ def _over_http(url: str, streams: int) -> Seen:
     command = [sys.executable, "-m", "tests.bench.chats", url, MODEL_NAME]
     count = min(_CLIENTS, streams)
     parts = [str(streams // count), str(_requests(streams) // count), str(_TOKENS)]
-    clients = [subprocess.Popen([*command, *parts], stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    clients = [
+        subprocess.Popen([*command, *parts], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        for _ in range(count)
+    ]
+    # They begin together, and by their own clocks: how long their interpreters take to start is not the server's doing.
+    for client in clients:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "ready\n"
+    for client in clients:
+        assert client.stdin is not None
+        client.stdin.write("go\n")
     reports = [json.loads(client.communicate()[0]) for client in clients]
-    # By the clients' own clocks: how long their interpreters take to start is not the server's doing.
     seconds = max(report["ended"] for report in reports) - min(report["began"] for report in reports)
     first = [each for report in reports for each in report["first"]]
     return seconds, first, sum(report["events"] for report in reports) / len(first)
