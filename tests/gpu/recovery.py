@@ -160,15 +160,19 @@ def _story(daemon: Daemon) -> Row:
 
 
 def start(stage: Stage) -> Row:
-    """First start with empty caches, whatever backend is missing; then a second process on what was learned."""
+    """First start with empty caches, whatever backend is missing; then further processes on what was learned."""
     row: Row = {}
-    for name in ("cold", "warm"):
-        began = time.monotonic()
-        with stage.daemon(env={}) as daemon:
+    began = time.monotonic()
+    with stage.daemon(env={}) as daemon:
+        for name in ("first", "next", "next but one"):
+            if name != "first":
+                daemon.stop()
+                began = time.monotonic()
+                daemon.start().wait_for_answers()
             until_serving(daemon, 1, 400)
             row[f"{name} start s"] = round(time.monotonic() - began, 1)
             row[name] = _story(daemon)
-    return row
+        return row | {"phases": _phases(daemon)}
 
 
 def kills(stage: Stage) -> Row:
@@ -220,15 +224,15 @@ def under_load(stage: Stage) -> Row:
             for stream in streams:
                 stream.wait(200).close()
         row["complete"] = sum(stream.finish_reasons == ["length"] for stream in streams)
-        row["phases"] = _phases(daemon, epoch + 1)
+        row["phases"] = _phases(daemon)
     row["median s"] = statistics.median(row["next token s"])
     return row
 
 
-def _phases(daemon: Daemon, epoch: int) -> list[str]:
-    """The log's time stamps of the last recovery."""
+def _phases(daemon: Daemon) -> list[str]:
+    """The log's time stamps of the last recovery, or of the start."""
     lines = daemon.log().splitlines()
-    begun = max(number for number, line in enumerate(lines) if "serving -> recovering" in line)
+    begun = max((number for number, line in enumerate(lines) if "serving -> recovering" in line), default=0)
     words = ("serving", "engine failed", "%", "took", "Loading", "Starting to load", "graph", "Graph", "KV cache")
     return [line[:150] for line in lines[begun:] if any(word in line for word in words)][:60]
 
@@ -270,7 +274,7 @@ def rebuilds(stage: Stage) -> Row:
                 os.kill(engine_core(daemon), signal.SIGKILL)
                 assert daemon.chat(max_tokens=1).status_code == 200
                 row[name].append(round(time.monotonic() - began, 2))
-            lines = [line[:120] for line in _phases(daemon, kills + 1) if "Capturing" not in line]
+            lines = [line[:120] for line in _phases(daemon) if "Capturing" not in line]
             row[f"{name}: log"] = lines if name != "as it is" else []
     return row
 
