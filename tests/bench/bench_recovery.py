@@ -1,10 +1,13 @@
 """Recovery: llm-serve against vLLM's own API server that somebody starts again whenever it ends, as `Restart=always` does.
 
-    python -m tests.bench.bench_recovery [--model FOLDER] [--rounds 3] [--only kill|fit|hang|gap] [--json FILE]
+    python -m tests.bench.bench_recovery [--model FOLDER] [--rounds 3] [--only start|kill|fit|hang|gap] [--json FILE]
+                                         [--streams 8] [--arguments JSON]
 
 Same model, same arguments, same load: clients that ask for one streamed answer after the other and, after an error,
-ask again half a second later. A shell loop with a pause of 1 s stands for systemd.
+ask again half a second later. A shell loop with a pause of 1 s stands for systemd. The arguments are for two cores;
+on a GPU: --streams 64 --arguments '{"max_model_len": 8192}', for example.
 
+start The first start, with empty caches, and the next one: seconds to the first answer of one token.
 kill  EngineCore is killed under load: seconds to the next answer that is complete.
 fit   the KV cache is too small for max_model_len: engine starts until it serves.
 hang  EngineCore is stopped under load: seconds until the server says that it is not well, and until it answers.
@@ -30,7 +33,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,17 +41,28 @@ from typing import Any
 import aiohttp
 import psutil
 
+import llm_serve
 from llm_serve.host.demo_model import default_cache, ensure_demo_model
 from tests.bench import servers
-from tests.daemon import Daemon, eventually, free_port
+from tests.daemon import Daemon, eventually, free_port, instance_text
 
-_STREAMS, _TOKENS = 8, 50
-_ONE_ANSWER_S = 3.5
-"""What an answer takes on two cores. Clients that begin together end together, so when the fault comes matters."""
+_TOKENS = 50
 _STALL_TIMEOUT_S, _WATCH_A_HANG_S, _WATCH_A_LOOP_S = 20, 60, 120
 _START_LIMIT_S = 240
 _TOO_SMALL = {"max_model_len": 8192, "kv_cache_memory_bytes": 128 << 20}
+_CACHES = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both servers get: the model's folder, the engine's arguments, clients, how often a fault comes, variables."""
+
+    model: Path
+    arguments: Mapping[str, Any]
+    streams: int
+    rounds: int
+    environ: Mapping[str, str] = field(default_factory=dict)
 
 
 # ---- the clients --------------------------------------------------------------------------------------
@@ -78,16 +92,22 @@ class Outcomes:
         look: Callable[[], list[float]] = lambda: self.completed_after(since)  # noqa: E731 - its type, beside its use
         return eventually(look, lambda seen: len(seen) >= number, within_s=within_s, what="complete answers")[0]
 
+    def one_answer_s(self, streams: int) -> float:
+        """What an answer takes, from the second of each client. Who begin together end together: a fault's moment counts."""
+        self.wait_for(2 * streams, 0, _START_LIMIT_S)
+        ended = self.completed_after(0)
+        return ended[2 * streams - 1] - ended[streams - 1]
+
     def lost(self, since: float) -> dict[str, int]:
         """Requests that ended after `since` without a complete answer, by how."""
         return dict(Counter(how for when, how in self.ended if how != "completed" and when > since))
 
 
 @contextlib.contextmanager
-def clients(url: str) -> Iterator[Outcomes]:
-    """Clients at work, in a thread of their own, for the length of a block."""
+def clients(url: str, streams: int) -> Iterator[Outcomes]:
+    """So many clients at work, in a thread of their own, for the length of a block."""
     outcomes = Outcomes()
-    thread = threading.Thread(target=lambda: asyncio.run(_ask_until_over(url, outcomes)))
+    thread = threading.Thread(target=lambda: asyncio.run(_ask_until_over(url, streams, outcomes)))
     thread.start()
     try:
         yield outcomes
@@ -96,10 +116,10 @@ def clients(url: str) -> Iterator[Outcomes]:
         thread.join()
 
 
-async def _ask_until_over(url: str, outcomes: Outcomes) -> None:
+async def _ask_until_over(url: str, streams: int, outcomes: Outcomes) -> None:
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        asking = [asyncio.create_task(_ask_again_and_again(session, url, outcomes, each)) for each in range(_STREAMS)]
+        asking = [asyncio.create_task(_ask_again_and_again(session, url, outcomes, each)) for each in range(streams)]
         while not outcomes.is_over.is_set():  # noqa: ASYNC110 - set by another thread
             await asyncio.sleep(0.05)
         for task in asking:
@@ -119,10 +139,10 @@ async def _ask_again_and_again(session: aiohttp.ClientSession, url: str, outcome
             await asyncio.sleep(0.5)
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, client: int) -> str:
+async def _ask(session: aiohttp.ClientSession, url: str, client: int, tokens: int = _TOKENS) -> str:
     body = {
         "model": servers.MODEL_NAME, "prompt": f"Tale number {client}: once upon a time", "stream": True,
-        "max_tokens": _TOKENS, "ignore_eos": True, "temperature": 0,
+        "max_tokens": tokens, "ignore_eos": True, "temperature": 0,
     }  # fmt: skip
     is_accepted, text = False, b""
     try:
@@ -160,12 +180,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def ours(model: Path, arguments: Mapping[str, Any]) -> Iterator[Server]:
+def ours(case: Case) -> Iterator[Server]:
     """`llm-serve run FILE`."""
-    engine = dict(arguments) | {"served_model_name": [servers.MODEL_NAME]}
-    # As patient as the loop that it is compared with, which starts again for ever.
-    recovery = {"stall_timeout_s": _STALL_TIMEOUT_S, "restart_limit": 1000}
-    daemon = Daemon(model, {"engine": engine, "recovery": recovery}, is_apart=True).start()
+    daemon = _daemon(case).start()
     try:
         daemon.wait_for_answers()
         yield Server(
@@ -178,11 +195,12 @@ def ours(model: Path, arguments: Mapping[str, Any]) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def theirs(model: Path, arguments: Mapping[str, Any]) -> Iterator[Server]:
+def theirs(case: Case) -> Iterator[Server]:
     """vLLM's own API server in a loop that starts it again 1 s after each end."""
     port = free_port()
-    command = shlex.join(servers.vllm_command(model, port, arguments))
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    command = shlex.join(servers.vllm_command(case.model, port, case.arguments))
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | quiet | dict(case.environ)
     with tempfile.TemporaryDirectory(prefix="llm-serve-bench-") as folder:
         starts, log = Path(folder) / "starts", Path(folder) / "log"
         loop = f"while :; do echo start >>{starts}; {command}; sleep 1; done"
@@ -220,45 +238,88 @@ def _end(shell: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(below, timeout=10)
 
 
-SERVERS = {"llm-serve": ours, "vLLM": theirs}
+def _daemon(case: Case, **log: str) -> Daemon:
+    """With these arguments only, and as patient as the loop that it is compared with, which starts again for ever."""
+    path = f"{Path(llm_serve.__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+    daemon = Daemon(case.model, text="", environ={"PYTHONPATH": path, **case.environ}, is_apart=True)
+    tables = {
+        "server": {"listen": f"127.0.0.1:{daemon.port}"},
+        "engine": dict(case.arguments) | {"served_model_name": [servers.MODEL_NAME]},
+        "recovery": {"stall_timeout_s": _STALL_TIMEOUT_S, "restart_limit": 1000},
+        "log": log,
+    }
+    daemon.file.write_text(instance_text(case.model, tables))
+    return daemon
+
+
+Serve = Callable[[Case], contextlib.AbstractContextManager[Server]]
+SERVERS: Mapping[str, Serve] = {"llm-serve": ours, "vLLM": theirs}
 
 
 # ---- the faults ---------------------------------------------------------------------------------------
 
 
-def _after_kill(server: Server, share: float) -> Figures:
+def start(case: Case) -> dict[str, Figures]:
+    """With empty caches, and again with what the first start left in them; a server is ended before the next starts."""
+    figures: dict[str, Figures] = {}
+    for name, serve in SERVERS.items():
+        with tempfile.TemporaryDirectory(prefix="llm-serve-bench-") as folder:
+            caches = {each: str(Path(folder) / each.lower()) for each in _CACHES}
+            warmed = replace(case, environ=caches)
+            figures[name] = {f"{which} start s": _first_answer_s(warmed, serve) for which in ("first", "next")}
+    return figures | _ratios(figures, "first start s", "next start s")
+
+
+def _first_answer_s(case: Case, serve: Serve) -> float:
+    began = time.monotonic()
+
+    async def ask(url: str) -> None:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+            while await _ask(session, url, 0, tokens=1) != "completed":
+                assert time.monotonic() - began < _START_LIMIT_S, "no answer in time"
+                await asyncio.sleep(0.1)
+
+    with serve(case) as server:
+        asyncio.run(ask(server.url))
+        return round(time.monotonic() - began, 1)
+
+
+def _ratios(figures: Mapping[str, Figures], *names: str) -> dict[str, Figures]:
+    ours_, theirs_ = (figures[name] for name in SERVERS)
+    return {"ratio": {name.removesuffix(" s"): round(ours_[name] / theirs_[name], 3) for name in names}}
+
+
+def _after_kill(case: Case, server: Server, share: float) -> Figures:
     """Kill EngineCore when this share of an answer has been given; the load goes on until all are served again."""
-    with clients(server.url) as outcomes:
-        outcomes.wait_for(2 * _STREAMS, time.monotonic(), _START_LIMIT_S)
-        time.sleep(share * _ONE_ANSWER_S)
+    with clients(server.url, case.streams) as outcomes:
+        time.sleep(share * outcomes.one_answer_s(case.streams))
         core, began = server.core(), time.monotonic()
         os.kill(core, signal.SIGKILL)
-        first_s = outcomes.wait_for(_STREAMS, began, _START_LIMIT_S)
+        first_s = outcomes.wait_for(case.streams, began, _START_LIMIT_S)
     lost = outcomes.lost(began)
     lost["unanswered"] = 0  # cancelled by us, when the measurement was over
     return {"next answer s": round(first_s, 2), "lost": {how: count for how, count in lost.items() if count}}
 
 
-def kill(model: Path, rounds: int) -> dict[str, Figures]:
+def kill(case: Case) -> dict[str, Figures]:
     """EngineCore killed under load, the same number of times for both."""
     figures: dict[str, Figures] = {}
     for name, serve in SERVERS.items():
-        with serve(model, servers.ARGUMENTS) as server:
-            seen = [_after_kill(server, (number + 0.5) / rounds) for number in range(rounds)]
+        with serve(case) as server:
+            seen = [_after_kill(case, server, (number + 0.5) / case.rounds) for number in range(case.rounds)]
         figures[name] = {
             "next answer s, median": statistics.median(each["next answer s"] for each in seen),
             "rounds": seen,
         }
-    medians = [each["next answer s, median"] for each in figures.values()]
-    figures["ratio"] = {"next answer": round(medians[0] / medians[1], 3)}
-    return figures
+    return figures | _ratios(figures, "next answer s, median")
 
 
-def fit(model: Path, rounds: int) -> dict[str, Figures]:
+def fit(case: Case) -> dict[str, Figures]:
     """A KV cache too small: engine starts until the server is well. Once, for what never ends cannot be repeated."""
+    small = replace(case, arguments=dict(case.arguments) | _TOO_SMALL)
     figures: dict[str, Figures] = {}
     for name, serve in SERVERS.items():
-        with serve(model, dict(servers.ARGUMENTS) | _TOO_SMALL) as server:
+        with serve(small) as server:
             began = time.monotonic()
             while not (is_well := server.is_well()) and time.monotonic() < began + _WATCH_A_LOOP_S:
                 time.sleep(0.2)
@@ -270,10 +331,9 @@ def fit(model: Path, rounds: int) -> dict[str, Figures]:
     return figures
 
 
-def _after_hang(server: Server) -> Figures:
-    with clients(server.url) as outcomes:
-        outcomes.wait_for(2 * _STREAMS, time.monotonic(), _START_LIMIT_S)
-        time.sleep(_ONE_ANSWER_S / 2)
+def _after_hang(case: Case, server: Server) -> Figures:
+    with clients(server.url, case.streams) as outcomes:
+        time.sleep(outcomes.one_answer_s(case.streams) / 2)
         stopped, began = psutil.Process(server.core()), time.monotonic()
         stopped.suspend()
         noticed = None
@@ -282,19 +342,19 @@ def _after_hang(server: Server) -> Figures:
             time.sleep(0.1)
         answered = None
         if noticed is not None:
-            answered = round(outcomes.wait_for(_STREAMS, began, _START_LIMIT_S), 1)
+            answered = round(outcomes.wait_for(case.streams, began, _START_LIMIT_S), 1)
     lost = outcomes.lost(began)
     if noticed is not None:
         lost.pop("unanswered", None)
     return {"noticed after s": noticed, "next answer s": answered, "lost": lost}
 
 
-def hang(model: Path, rounds: int) -> dict[str, Figures]:
+def hang(case: Case) -> dict[str, Figures]:
     """EngineCore stopped under load, and watched for a minute. Once: what is never noticed takes for ever."""
     figures: dict[str, Figures] = {}
     for name, serve in SERVERS.items():
-        with serve(model, servers.ARGUMENTS) as server:
-            figures[name] = _after_hang(server)
+        with serve(case) as server:
+            figures[name] = _after_hang(case, server)
     return figures
 
 
@@ -307,14 +367,11 @@ _PARTS = {
 """The parts of a gap, in order, by the log entry that ends each; the last ends with the next token."""
 
 
-def gap(model: Path, rounds: int) -> dict[str, Figures]:
+def gap(case: Case) -> dict[str, Figures]:
     """One stream, gone on with after each kill: what its client waits for."""
-    engine = dict(servers.ARGUMENTS) | {"served_model_name": [servers.MODEL_NAME]}
-    daemon = Daemon(
-        model, {"engine": engine, "recovery": {"restart_limit": 1000}, "log": {"format": "json"}}, is_apart=True
-    ).start()
+    daemon = _daemon(case, format="json").start()
     try:
-        seen = [_parts_of_gap(daemon.wait_ready()) for _ in range(rounds)]
+        seen = [_parts_of_gap(daemon.wait_ready()) for _ in range(case.rounds)]
     finally:
         daemon.destroy()
     return {"llm-serve": {f"{part} s": round(statistics.median(each[part] for each in seen), 2) for part in seen[0]}}
@@ -353,7 +410,9 @@ def _logged_at(daemon: Daemon, event: str, since: float) -> float:
     return next(moment for moment in times if moment > since)
 
 
-FAULTS: dict[str, Callable[[Path, int], dict[str, Figures]]] = {"kill": kill, "fit": fit, "hang": hang, "gap": gap}
+FAULTS: dict[str, Callable[[Case], dict[str, Figures]]] = {
+    "start": start, "kill": kill, "fit": fit, "hang": hang, "gap": gap,
+}  # fmt: skip
 
 
 def _table(found: Mapping[str, Mapping[str, Figures]]) -> Iterator[str]:
@@ -372,13 +431,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder; the demo's without it")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--arguments", type=json.loads, default=servers.ARGUMENTS, help="the engine's, as JSON")
     parser.add_argument("--only", choices=FAULTS, action="append", help="this fault; may be given again")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     model = given.model or ensure_demo_model(default_cache(os.environ), print)
+    case = Case(model, given.arguments, given.streams, given.rounds)
     found: dict[str, dict[str, Figures]] = {}
     for fault in given.only or FAULTS:
-        found[fault] = FAULTS[fault](model, given.rounds)
+        found[fault] = FAULTS[fault](case)
         print("\n".join(_table({fault: found[fault]})), flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=2))
