@@ -29,12 +29,13 @@ import httpx
 
 from llm_serve.core.figures import percentile
 from tests.daemon import MODEL_NAME, free_port
-from tests.gpu import recovery
+from tests.gpu.speed import SPARSE_SIZES
+from tests.gpu.stage import Stage, until_serving
 
 _TOKENS, _CLIENTS, _PER_STREAM = 50, 8, 8
 _SEQS = 1024
 _ENGINE: Mapping[str, Any] = {"load_format": "dummy", "max_model_len": 8192, "max_num_seqs": _SEQS}
-_SPARSE = {"cudagraph_capture_sizes": [*recovery.SPARSE_SIZES, 320, 384, 448, 512]}
+_SPARSE = {"cudagraph_capture_sizes": [*SPARSE_SIZES, 320, 384, 448, 512]}
 Seen = tuple[float, list[float], float]
 """Seconds of a whole load, seconds to the first token of each request, and events per answer where there are any."""
 
@@ -72,16 +73,16 @@ def _over_http(url: str, streams: int) -> Seen:
 
 
 @contextmanager
-def _ours(stage: recovery.Stage, engine: Mapping[str, Any], front_ends: int = 1) -> Iterator[Callable[[int], Seen]]:
+def _ours(stage: Stage, engine: Mapping[str, Any], front_ends: int = 1) -> Iterator[Callable[[int], Seen]]:
     with stage.daemon(engine={**_ENGINE, **engine}, server={"front_ends": front_ends}) as daemon:
-        recovery.until_serving(daemon, 1, 400)
+        until_serving(daemon, 1, 400)
         while front_ends > 1 and [each["epoch"] for each in daemon.status()["front_ends"]] != [1] * front_ends:
             time.sleep(0.1)
         yield lambda streams: _over_http(daemon.url, streams)
 
 
 @contextmanager
-def _vllm(stage: recovery.Stage, servers: int) -> Iterator[Callable[[int], Seen]]:
+def _vllm(stage: Stage, servers: int) -> Iterator[Callable[[int], Seen]]:
     """vLLM's own server, as its users start it."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", stage.model, f"--port={port}",
@@ -115,7 +116,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @contextmanager
-def _bare(stage: recovery.Stage) -> Iterator[Callable[[int], Seen]]:
+def _bare(stage: Stage) -> Iterator[Callable[[int], Seen]]:
     """AsyncLLM alone, in a process that takes a number of streams a line."""
     env = os.environ | stage.caches | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     command = [sys.executable, "-m", "tests.gpu.front_end", "--engine", "--model", stage.model]
@@ -172,7 +173,7 @@ async def _engine(model: str) -> None:
     llm.shutdown()
 
 
-SERVERS: Mapping[str, Callable[[recovery.Stage], Any]] = {
+SERVERS: Mapping[str, Callable[[Stage], Any]] = {
     "llm-serve": lambda stage: _ours(stage, {}),
     "llm-serve, sparse graphs": lambda stage: _ours(stage, _SPARSE),
     "llm-serve x 4": lambda stage: _ours(stage, {}, 4),
@@ -199,7 +200,7 @@ def main() -> None:
         return asyncio.run(_engine(given.model))
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        stage = recovery.Stage(given.model, Path(folder), given.logs, given.caches)
+        stage = Stage(given.model, Path(folder), given.logs, given.caches)
         for name in given.only:
             rows[name] = _measure(name, stage, given.streams, given.rounds)
             print(name, json.dumps(rows[name]), flush=True)
@@ -208,7 +209,7 @@ def main() -> None:
     return None
 
 
-def _measure(name: str, stage: recovery.Stage, counts: list[int], rounds: int) -> dict[str, Any]:
+def _measure(name: str, stage: Stage, counts: list[int], rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
     try:
         with SERVERS[name](stage) as ask:

@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 from tests.daemon import Daemon
-from tests.gpu import recovery
+from tests.gpu.speed import VARIANTS
+from tests.gpu.stage import Stage, engine_core, until_serving
 
 _HERE = Path(__file__).parent
 
@@ -28,18 +29,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--samples", type=Path, required=True)
-    parser.add_argument("--variant", choices=list(recovery.VARIANTS), default="as it is")
+    parser.add_argument("--variant", choices=list(VARIANTS), default="as it is")
     parser.add_argument("--kills", type=int, default=2)
     given = parser.parse_args()
     given.samples.mkdir(parents=True, exist_ok=True)
-    variant = recovery.VARIANTS[given.variant]
+    variant = VARIANTS[given.variant]
     env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | variant.get("env", {})
     path = f"{_HERE / 'sample'}:{_HERE.parents[1] / 'daemon'}:{os.environ.get('PYTHONPATH', '')}"
     with tempfile.TemporaryDirectory() as folder:
-        stage = recovery.Stage(given.model, Path(folder), given.samples / "log.txt")
+        stage = Stage(given.model, Path(folder), given.samples / "log.txt")
         environ = {"LLM_SERVE_SAMPLES": str(given.samples), "PYTHONPATH": path}
         with stage.daemon(env=env, engine=variant.get("engine", {}), environ=environ) as daemon:
-            recovery.until_serving(daemon, 1, 300)
+            until_serving(daemon, 1, 300)
             kills = [_killed(daemon) for _ in range(given.kills)]
     for number, (began, ended) in enumerate(kills, 1):
         print(f"kill {number}: answered after {ended - began:.2f} s")
@@ -50,7 +51,7 @@ def main() -> None:
 def _killed(daemon: Daemon) -> tuple[float, float]:
     """When the engine was killed, and when the next answer was there."""
     began = time.time()
-    os.kill(recovery.engine_core(daemon), signal.SIGKILL)
+    os.kill(engine_core(daemon), signal.SIGKILL)
     assert daemon.chat(max_tokens=1).status_code == 200
     return began, time.time()
 
