@@ -344,9 +344,12 @@ class Stream:
         self._reading = Later(self._read)
 
     def _read(self) -> None:
-        self._read_once()
-        while self._is_endless:  # closed, it raises
+        try:
             self._read_once()
+            while self._is_endless:  # closed, it raises
+                self._read_once()
+        finally:
+            self._client.close()
 
     def _read_once(self) -> None:
         with self._client.stream("POST", "/v1/completions", json=self._body) as answer:
