@@ -11,7 +11,7 @@ README = Path(__file__).parents[1] / "README.md"
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"\s+#\s.*$")
 _NO_COMMAND = (
-    re.compile(r"[A-Za-z_.]+ = \S+"),  # a setting and its value
+    re.compile(r"[A-Za-z0-9_.]+ = \S+"),  # a setting and its value
     re.compile(r"(GET|POST) /\S+"),  # a request
     re.compile(r"\[\w+\] \w+"),  # a setting, with its table
 )
