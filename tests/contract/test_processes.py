@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from vllm import envs
 from vllm.v1.engine import core_client
 
 from llm_serve.core import progress
-from llm_serve.engine import assembler, factory, forkserver, startup_plans
+from llm_serve.engine import factory, forkserver, kernel_cache, startup_plans
 from tests.contract.surface import VLLM, parameters, vllm_source
 
 pytestmark = pytest.mark.vllm
@@ -104,7 +105,21 @@ def test_triton_reads_the_assembler_where_torch_would_name_it() -> None:
     """By this variable torch tells Triton of its own ptxas, where it has one."""
     tasks = importlib.import_module("torch._inductor.runtime.compile_tasks")
 
-    assert assembler.VARIABLE in inspect.getsource(tasks._set_triton_ptxas_path)
+    assert kernel_cache.ASSEMBLER in inspect.getsource(tasks._set_triton_ptxas_path)
+
+
+def test_a_compiling_engine_moves_tritons_folder_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its own environment: an engine that finds everything compiled would look for kernels elsewhere."""
+    adaptor = importlib.import_module("vllm.compilation.compiler_interface").InductorAdaptor()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+
+    monkeypatch.setenv(kernel_cache.FOLDER, str(tmp_path / "told"))
+    adaptor.initialize_cache(str(tmp_path / "vllm"))
+    assert str(tmp_path / "told") == os.environ[kernel_cache.FOLDER]
+
+    monkeypatch.delenv(kernel_cache.FOLDER)
+    adaptor.initialize_cache(str(tmp_path / "vllm"))
+    assert os.environ[kernel_cache.FOLDER].startswith(str(tmp_path / "vllm"))
 
 
 def test_a_process_with_a_title_keeps_its_environment() -> None:

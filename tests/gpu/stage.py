@@ -58,6 +58,7 @@ class Stage:
             "engine": engine | tables.get("engine", {}),
             "recovery": recovery | tables.get("recovery", {}),
             "gpu": tables.get("gpu", {}),
+            "limits": tables.get("limits", {}),
             "engine.env": tables.get("env", {"VLLM_USE_FLASHINFER_SAMPLER": "0"}),
         }
         made.file.write_text(instance_text(self.model, whole))

@@ -23,7 +23,7 @@ from llm_serve.core.errors import ConfigError, HostError, LlmServeError
 from llm_serve.core.evidence import Evidence
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, MEETING, Marks, is_progress
-from llm_serve.engine import assembler, attach, forkserver, loading, long_texts, relay
+from llm_serve.engine import attach, forkserver, kernel_cache, loading, long_texts, relay
 from llm_serve.engine.ending import Ending, Places, free_dead_engines
 from llm_serve.engine.evidence import Collector
 from llm_serve.engine.running import Engine
@@ -118,7 +118,7 @@ class Factory:
     def prepare(self, plan: EnginePlan, architectures: list[str]) -> None:
         """Set the process up for vLLM and let the fork server load it. Call from the main thread; returns at once."""
         self._architectures = architectures
-        defaults = PROCESS_ENVIRONMENT | assembler.environment()
+        defaults = PROCESS_ENVIRONMENT | kernel_cache.environment(os.environ)
         defaults["VLLM_LOGGING_CONFIG_PATH"] = str(self._logging_config)
         for name, value in defaults.items():
             os.environ.setdefault(name, value)

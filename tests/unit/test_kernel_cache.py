@@ -1,4 +1,4 @@
-"""Which ptxas Triton is pointed to before a start."""
+"""Where Triton is told to keep kernels, and which ptxas it is pointed to before a start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_serve.engine import assembler
+from llm_serve.engine import kernel_cache
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_the_one_that_torch_brings_is_named(torch_folder: Path) -> None:
     own.parent.mkdir(parents=True)
     own.touch(mode=0o755)
 
-    assert {"TRITON_PTXAS_PATH": str(own)} == assembler.environment()
+    assert str(own) == kernel_cache.environment({})["TRITON_PTXAS_PATH"]
 
 
 @pytest.mark.parametrize("mode", [None, 0o644])
@@ -37,11 +37,19 @@ def test_without_one_that_can_run_triton_keeps_its_own(torch_folder: Path, mode:
     if mode is not None:
         own.touch(mode=mode)
 
-    assert {} == assembler.environment()
+    assert "TRITON_PTXAS_PATH" not in kernel_cache.environment({})
 
 
-def test_without_torch_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """`llm-serve check` and others run where it is not installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
-    assert {} == assembler.environment()
+    assert "TRITON_PTXAS_PATH" not in kernel_cache.environment({})
+
+
+def test_kernels_are_kept_where_triton_keeps_them_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the home, or what stands for it."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+
+    assert "/home/somebody/.triton/cache" == kernel_cache.environment({})["TRITON_CACHE_DIR"]
+    assert "/srv/.triton/cache" == kernel_cache.environment({"TRITON_HOME": "/srv"})["TRITON_CACHE_DIR"]
