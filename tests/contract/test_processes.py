@@ -122,6 +122,19 @@ def test_a_compiling_engine_moves_tritons_folder_unless_told(tmp_path: Path, mon
     assert os.environ[kernel_cache.FOLDER].startswith(str(tmp_path / "vllm"))
 
 
+@pytest.mark.parametrize("environ", [{}, {"VLLM_CACHE_ROOT": "/somewhere"}, {"XDG_CACHE_HOME": "/elsewhere"}])
+def test_kernels_are_kept_below_vllms_own_cache(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]) -> None:
+    """As vLLM finds that folder, told or not."""
+    for name in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+    folder = Path(kernel_cache.environment(environ)[kernel_cache.FOLDER])
+
+    assert Path(envs.environment_variables["VLLM_CACHE_ROOT"]()) == folder.parent
+
+
 def test_a_process_with_a_title_keeps_its_environment() -> None:
     """setproctitle, by which vLLM names its processes, still reads SPT_NOENV."""
     spec = importlib.util.find_spec("setproctitle._setproctitle")

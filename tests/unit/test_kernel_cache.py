@@ -47,9 +47,16 @@ def test_without_torch_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TRITON_PTXAS_PATH" not in kernel_cache.environment({})
 
 
-def test_kernels_are_kept_where_triton_keeps_them_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below the home, or what stands for it."""
+@pytest.mark.parametrize(("environ", "folder"), [
+    ({}, "/home/somebody/.cache/vllm/triton"),
+    ({"XDG_CACHE_HOME": "/var/cache/x"}, "/var/cache/x/vllm/triton"),
+    ({"VLLM_CACHE_ROOT": "~/caches", "XDG_CACHE_HOME": "/var/cache/x"}, "/home/somebody/caches/triton"),
+    ({"TRITON_HOME": "/srv", "VLLM_CACHE_ROOT": "/caches"}, "/srv/.triton/cache"),
+])  # fmt: skip
+def test_kernels_are_kept_where_the_variables_say(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], folder: str
+) -> None:
+    """Beside what vLLM keeps; Triton's own place only where its home is named."""
     monkeypatch.setenv("HOME", "/home/somebody")
 
-    assert "/home/somebody/.triton/cache" == kernel_cache.environment({})["TRITON_CACHE_DIR"]
-    assert "/srv/.triton/cache" == kernel_cache.environment({"TRITON_HOME": "/srv"})["TRITON_CACHE_DIR"]
+    assert folder == kernel_cache.environment(environ)["TRITON_CACHE_DIR"]

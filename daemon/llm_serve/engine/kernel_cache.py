@@ -22,9 +22,11 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _folder(environ: Mapping[str, str]) -> str:
-    """Triton's own. vLLM takes one below its own cache while it compiles, unless told."""
-    home = environ.get("TRITON_HOME") or os.path.expanduser("~")  # noqa: PTH111 - Path raises without a home
-    return str(Path(home, ".triton", "cache"))
+    """Triton's own where its home is named, else below vLLM's cache: a service's user may have no home to write to."""
+    if home := environ.get("TRITON_HOME"):
+        return str(Path(home, ".triton", "cache"))
+    caches = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 - Path raises without a home
+    return str(Path(os.path.expanduser(environ.get("VLLM_CACHE_ROOT") or f"{caches}/vllm"), "triton"))  # noqa: PTH111
 
 
 def _assembler() -> dict[str, str]:
