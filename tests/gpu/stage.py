@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -150,6 +151,7 @@ def play(scenes: Mapping[str, Callable[[Stage], Row]], about: str | None) -> Non
     parser.add_argument("--logs", type=Path, help="a file to which the daemons' logs are added")
     parser.add_argument("--caches", type=Path, help="a folder of an earlier run, so that this one begins warm")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays on the GPU after `timeout`
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(given.model, Path(folder), given.logs, given.caches)
