@@ -116,13 +116,11 @@ class EngineRoom:
 
     async def _build(self, epoch: int, plan: EnginePlan, instance: Instance) -> None:
         assert self.postmortem is not None, "an engine is started after the host was ready"
-        recovery = instance.settings.recovery
-        limits = {"timeout_s": recovery.start_timeout_s, "stall_timeout_s": recovery.stall_timeout_s}
         self.postmortem.begin()
         metrics.continuous.engine_starts()
         try:
             with interpreter.loop_first():
-                self.engine = await self._factory.build(plan, epoch, **limits)
+                self.engine = await self._factory.build(plan, epoch, instance.settings.recovery)
                 self.crew.bind(epoch, self.engine.tasks, self.engine.steps)
                 await self._bind(self.engine, instance)
         except (ConfigError, HostError, StartError) as error:

@@ -16,6 +16,7 @@ from llm_serve import metrics
 from llm_serve.core.errors import ConfigError, HostError
 from llm_serve.core.evidence import ErrorRecord, Evidence, Failure, Kind
 from llm_serve.core.failures import classify
+from llm_serve.core.policy import KEEPS_WEIGHTS
 from llm_serve.engine.evidence import Collector
 from llm_serve.engine.factory import Factory, StartError
 from llm_serve.engine.running import Engine
@@ -100,6 +101,8 @@ class Postmortem:
 
     async def _conclude(self, evidence: Evidence, failure: Failure | None = None) -> Failure:
         failure = failure or classify(evidence)
+        if self._factory.weights.pids and not (evidence.has_served and failure.kind in KEEPS_WEIGHTS):
+            await self._let_go_of_weights(has_served=evidence.has_served)
         metrics.engine_failures.labels(failure.kind.value).inc()
         get_logger().error("engine failed", **_fields(failure, evidence))
         entry = {"time": time.time(), "failure": failure.to_json(), "evidence": evidence.to_json()}
@@ -107,6 +110,14 @@ class Postmortem:
         if warning := await asyncio.to_thread(append_failure, self._state, entry):
             get_logger().warning(warning)
         return failure
+
+    async def _let_go_of_weights(self, *, has_served: bool) -> None:
+        weights = self._factory.weights
+        get_logger().info("weights in GPU memory are let go of: the next engine reads them anew")
+        if not has_served:
+            weights.judge(has_come_up=False)
+        await asyncio.to_thread(weights.drop)
+        await self.wait_for_memory()
 
 
 def _fields(failure: Failure, evidence: Evidence) -> dict[str, Any]:

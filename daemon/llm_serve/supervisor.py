@@ -130,6 +130,7 @@ class Supervisor:
             reload_failed=self.reload_failed,
             engine_network=str(self._factory.network),
             engine_pids=tuple(process.pid for process in engine.processes) if engine else (),
+            weight_pids=self._factory.weights.pids,
             memory_bytes=processes.resident_bytes(),
             front_ends=self._front_ends(),
             gpus=self._host.telemetry.readings() if self._host else (),

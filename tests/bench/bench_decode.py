@@ -25,6 +25,7 @@ _PROMPT = [1, 42, 77, 1024]
 async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
     """(seconds to build, tokens/s of one stream, tokens/s of eight) for an engine built this way."""
     from llm_serve.core.plan import EnginePlan
+    from llm_serve.core.settings import RecoverySettings
     from llm_serve.engine import forkserver, relay
     from llm_serve.engine.ending import Places
     from llm_serve.engine.evidence import Collector
@@ -44,10 +45,10 @@ async def tokens_per_second(model: str, way: str) -> tuple[float, float, float]:
         if way == "spawn":
             forkserver.install = lambda: None
         factory.prepare(plan, ["LlamaForCausalLM"])
-        first = await factory.build(plan, 1, timeout_s=600, stall_timeout_s=600)
+        first = await factory.build(plan, 1, RecoverySettings(start_timeout_s=600, stall_timeout_s=600))
         await factory.ending.stop(first)
         began = time.perf_counter()
-        engine = await factory.build(plan, 2, timeout_s=600, stall_timeout_s=600)
+        engine = await factory.build(plan, 2, RecoverySettings(start_timeout_s=600, stall_timeout_s=600))
         built = time.perf_counter() - began
         await _decode(engine.llm, 1, 32)
         one, eight = await _decode(engine.llm, 1, 200), await _decode(engine.llm, 8, 100)

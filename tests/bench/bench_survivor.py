@@ -27,6 +27,7 @@ _NAMES = itertools.count()
 async def measure(model: str, rounds: int) -> dict[str, list[float]]:
     """Tokens per second of each round, by way."""
     from llm_serve.core.plan import EnginePlan
+    from llm_serve.core.settings import RecoverySettings
     from llm_serve.engine import forced, relay
     from llm_serve.engine.ending import Places
     from llm_serve.engine.evidence import Collector
@@ -42,7 +43,7 @@ async def measure(model: str, rounds: int) -> dict[str, list[float]]:
         factory.prepare(plan, ["LlamaForCausalLM"])
         for epoch, with_processor in enumerate((True, False), 1):
             forced.install = install if with_processor else lambda config: None
-            engine = await factory.build(plan, epoch, timeout_s=600, stall_timeout_s=600)
+            engine = await factory.build(plan, epoch, RecoverySettings(start_timeout_s=600, stall_timeout_s=600))
             await _both_ways(engine.llm, rounds, "" if with_processor else ", no processor", seen)
             await factory.ending.stop(engine)
         factory.close()

@@ -181,6 +181,7 @@ _LIMITS = {
     "model_config.max_model_len": 512,
     "scheduler_config.max_num_seqs": 4,
     "scheduler_config.max_num_batched_tokens": 256,
+    "load_config.load_format": "ipc_cache",
 }
 
 
@@ -198,6 +199,7 @@ def test_a_start_up_plan_holds_for_the_limits_it_was_measured_under(
         cache_config=SimpleNamespace(gpu_memory_utilization=0.9, kv_cache_memory_bytes=None),
         model_config=SimpleNamespace(max_model_len=1024),
         scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=2048),
+        load_config=SimpleNamespace(load_format="auto"),
     )
     worker = SimpleNamespace(
         vllm_config=config, cache_config=config.cache_config, rank=0, init_snapshot=SimpleNamespace(free_memory=100),

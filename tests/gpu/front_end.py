@@ -3,7 +3,8 @@
     python -m tests.gpu.front_end --model FOLDER [--only NAME ...] [--streams 64 256 512] [--rounds 2] [--json FILE]
 
 Streamed chat answers of 50 tokens. The clients are eight processes, so that they are not the limit themselves. `engine` is
-vLLM's AsyncLLM in a process of its own, without HTTP: what a single front end could reach at best.
+vLLM's AsyncLLM in a process of its own, without HTTP: what a single front end could reach at best. Last of all /metrics is
+read ten times a second under 64 streams.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,14 @@ _ENGINE: Mapping[str, Any] = {"load_format": "dummy", "max_model_len": 8192, "ma
 _SPARSE = {"cudagraph_capture_sizes": [*SPARSE_SIZES, 320, 384, 448, 512]}
 Seen = tuple[float, list[float], float]
 """Seconds of a whole load, seconds to the first token of each request, and events per answer where there are any."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """What is measured: `load` puts so many streams on it, `url` is where it answers HTTP."""
+
+    load: Callable[[int], Seen]
+    url: str = ""
 
 
 def _requests(streams: int) -> int:
@@ -69,20 +80,38 @@ def _over_http(url: str, streams: int) -> Seen:
     return seconds, first, sum(report["events"] for report in reports) / len(first)
 
 
+def _at(url: str) -> Server:
+    return Server(lambda streams: _over_http(url, streams), url)
+
+
+def _scrapes(server: Server) -> list[float]:
+    """Milliseconds of each scrape, ten a second, under 64 streams."""
+    took = []
+    with ThreadPoolExecutor(1) as pool, httpx.Client(trust_env=False, timeout=30) as client:
+        load = pool.submit(server.load, 64)
+        time.sleep(1)  # until the clients have started
+        while not load.done():
+            began = time.perf_counter()
+            client.get(f"{server.url}/metrics").raise_for_status()
+            took.append(1000 * (time.perf_counter() - began))
+            time.sleep(0.1)
+    return took
+
+
 # ---- servers ------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _ours(stage: Stage, engine: Mapping[str, Any], front_ends: int = 1) -> Iterator[Callable[[int], Seen]]:
+def _ours(stage: Stage, engine: Mapping[str, Any], front_ends: int = 1) -> Iterator[Server]:
     with stage.daemon(engine={**_ENGINE, **engine}, server={"front_ends": front_ends}) as daemon:
         until_serving(daemon, 1, 400)
         while front_ends > 1 and [each["epoch"] for each in daemon.status()["front_ends"]] != [1] * front_ends:
             time.sleep(0.1)
-        yield lambda streams: _over_http(daemon.url, streams)
+        yield _at(daemon.url)
 
 
 @contextmanager
-def _vllm(stage: Stage, servers: int) -> Iterator[Callable[[int], Seen]]:
+def _vllm(stage: Stage, servers: int) -> Iterator[Server]:
     """vLLM's own server, as its users start it."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", stage.model, f"--port={port}",
@@ -94,7 +123,7 @@ def _vllm(stage: Stage, servers: int) -> Iterator[Callable[[int], Seen]]:
         server = subprocess.Popen(command, env=env, stdout=sink, stderr=sink, process_group=0)
     try:
         _wait_for(f"http://127.0.0.1:{port}", server, log)
-        yield lambda streams: _over_http(f"http://127.0.0.1:{port}", streams)
+        yield _at(f"http://127.0.0.1:{port}")
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         time.sleep(3)
@@ -116,7 +145,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @contextmanager
-def _bare(stage: Stage) -> Iterator[Callable[[int], Seen]]:
+def _bare(stage: Stage) -> Iterator[Server]:
     """AsyncLLM alone, in a process that takes a number of streams a line."""
     env = os.environ | stage.caches | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     command = [sys.executable, "-m", "tests.gpu.front_end", "--engine", "--model", stage.model]
@@ -134,7 +163,7 @@ def _bare(stage: Stage) -> Iterator[Callable[[int], Seen]]:
         raise AssertionError((stage.folder / "engine.log").read_text()[-3000:])
 
     try:
-        yield ask
+        yield Server(ask)
     finally:
         engine.stdin.close()
         engine.wait(60)
@@ -212,16 +241,19 @@ def main() -> None:
 def _measure(name: str, stage: Stage, counts: list[int], rounds: int) -> dict[str, Any]:
     row: dict[str, Any] = {}
     try:
-        with SERVERS[name](stage) as ask:
-            ask(64)  # warm-up: what is compiled at the first request
+        with SERVERS[name](stage) as server:
+            server.load(64)  # warm-up: what is compiled at the first request
             for streams in counts:
-                seen = [ask(streams) for _ in range(rounds)]
+                seen = [server.load(streams) for _ in range(rounds)]
                 row[f"requests/s @{streams}"] = round(
                     statistics.median(len(first) / seconds for seconds, first, _ in seen), 1
                 )
                 firsts = [each for _, first, _ in seen for each in first]
                 row[f"TTFT ms P50/P99 @{streams}"] = [round(1000 * percentile(firsts, share)) for share in (0.5, 0.99)]
                 row[f"events per answer @{streams}"] = round(statistics.median(events for *_, events in seen), 1)
+            if server.url:
+                took = _scrapes(server)
+                row["scrape ms P50/max @64"] = [round(statistics.median(took), 1), round(max(took), 1)]
     except Exception:  # noqa: BLE001 - the other servers still count
         row["failed"] = traceback.format_exc()[-1500:]
     return row

@@ -53,15 +53,26 @@ def kills(stage: Stage) -> Row:
 
 def under_load(stage: Stage) -> Row:
     """EngineCore killed under 64 streams, three times; the seconds to the next token, and what became of the streams."""
+    return _under_load(stage, 1)
+
+
+def under_load_of_four(stage: Stage) -> Row:
+    """The same with four processes that answer HTTP: in how many of them the streams were is told as well."""
+    return _under_load(stage, 4)
+
+
+def _under_load(stage: Stage, front_ends: int) -> Row:
     row: Row = {"next token s": [], "complete": 0}
-    with stage.daemon() as daemon:
+    with stage.daemon(server={"front_ends": front_ends}) as daemon:
         until_serving(daemon, 1)
+        while front_ends > 1 and [each["epoch"] for each in daemon.status()["front_ends"]] != [1] * front_ends:
+            time.sleep(0.1)
         for _ in range(3):
             epoch = daemon.status()["epoch"]
             streams = [Stream(daemon.url, 1200) for _ in range(64)]
             for stream in streams:
                 stream.wait_for_tokens(5)
-            seen = sum(len(stream.events) for stream in streams)
+            row["in flight at each"] = [each["requests_in_flight"] for each in daemon.status()["front_ends"]]
             os.kill(engine_core(daemon), signal.SIGKILL)
             began = time.monotonic()
             time.sleep(0.5)
@@ -257,7 +268,7 @@ def _until_state(daemon: Daemon, state: str) -> tuple[float, str]:
 SCENES = {
     scene.__name__: scene
     for scene in (
-        kills, under_load, frozen, long_prompts, memory_held, memory_taken, device_error, telemetry, utilization, capture,
+        kills, under_load, under_load_of_four, frozen, long_prompts, memory_held, memory_taken, device_error, telemetry, utilization, capture,
         backends,
     )
 }  # fmt: skip

@@ -30,7 +30,7 @@ _ASKED: dict[str, dict[str, Any]] = {
 
 def small(stage: Stage) -> Row:
     """Random weights in float32, where no two tokens are as good as equal."""
-    return _repeats(Stage(str(_small_model(stage)), stage.folder, stage._logs), load_format="auto", dtype="float32")
+    return _repeats(stage.with_model(str(_small_model(stage))), load_format="auto", dtype="float32")
 
 
 def whole(stage: Stage) -> Row:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class Stage:
         # One folder each, as in the unit.
         names = ("XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
         self.caches = {name: str((caches or folder / "cache") / name.lower()) for name in names}
+
+    def with_model(self, model: str) -> Stage:
+        """The same place for another model."""
+        other = copy(self)
+        other.model = model
+        return other
 
     @contextmanager
     def daemon(self, *, environ: dict[str, str] | None = None, **tables: dict[str, Any]) -> Iterator[Daemon]:

@@ -408,6 +408,18 @@ def test_a_share_that_nobody_else_makes_too_large_is_called_so(
     assert "gpu_memory_utilization" in failure.advice or holders
 
 
+def test_our_own_weights_make_no_share_too_large() -> None:
+    """What is held for the engine itself is there for it: nobody is waited for, and nothing is given up twice."""
+    text = (
+        "Free memory on device cuda:0 (125.76/139.8 GiB) on startup is less than the engine's budget after excluding "
+        "external process's weights (0.999, 126.79 GiB)."
+    )
+    failure = classify(Evidence(errors=(ErrorRecord(CORE, "builtins.ValueError", text),)))
+
+    assert K.share_too_large is failure.kind
+    assert pytest.approx(138.6, abs=0.1) == (failure.free_bytes or 0) / GIB
+
+
 def test_who_holds_the_memory_is_named() -> None:
     """A7: the message itself names nobody."""
     record = EXCEPTIONS["A7 somebody else's memory"].record

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,23 @@ class _Gpus(NoGpus):
         self._diary.append("forget")
 
 
+class Weights:
+    """Held by nobody, unless a test says who does."""
+
+    def __init__(self, diary: list[str]) -> None:
+        self.pids: tuple[int, ...] = ()
+        self._diary = diary
+
+    def judge(self, *, has_come_up: bool) -> None:
+        """Keep the verdict."""
+        self._diary.append("come up" if has_come_up else "not come up")
+
+    def drop(self) -> None:
+        """Nobody holds them any more."""
+        self._diary.append("drop")
+        self.pids = ()
+
+
 @dataclass
 class Scene:
     """One postmortem and what it does to the world."""
@@ -56,6 +74,7 @@ class Scene:
         self.gpus = _Gpus(self.diary)
         self.postmortem = Postmortem(self, self.collector, Witnesses(self.gpus, ()), self.folder)  # type: ignore[arg-type]
         self.ending = self
+        self.weights = Weights(self.diary)
         self.engine: Any = SimpleNamespace(
             exit_codes=lambda: {"EngineCore": -9},
             processes=[SimpleNamespace(pid=7)],
@@ -132,6 +151,37 @@ def test_the_news_of_a_death_is_waited_for_but_not_for_long(
     took_s = asyncio.run(die())
 
     assert took_s >= limit_s if comes_after_s > limit_s else comes_after_s <= took_s < limit_s
+
+
+def test_weights_stay_after_a_kill(scene: Scene) -> None:
+    """The next engine of the same plan finds them."""
+    scene.weights.pids = (42,)
+
+    failure = asyncio.run(scene.postmortem.of_death(scene.engine))
+
+    assert Kind.killed is failure.kind
+    assert (42,) == scene.weights.pids
+    assert "drop" not in scene.diary
+
+
+def test_weights_go_where_another_plan_may_follow(scene: Scene) -> None:
+    """After all else is gone, and their memory is waited for as well. An engine that has served has not failed to start."""
+    scene.weights.pids = (42,)
+    scene.collector.add_record(oom_record(time.time()))
+
+    failure = asyncio.run(scene.postmortem.of_death(scene.engine))
+
+    assert Kind.out_of_memory is failure.kind
+    assert ["kill", "remains", "memory", "drop", "memory"] == scene.diary[-5:]
+
+
+def test_weights_are_judged_by_a_start_that_fails(scene: Scene) -> None:
+    """Whatever its kind: even a kill may have been the kernel's for memory that they hold."""
+    scene.weights.pids = (42,)
+
+    asyncio.run(scene.postmortem.of_start(StartError(Evidence(exit_codes={"EngineCore": -9}))))
+
+    assert ["not come up", "drop", "memory"] == scene.diary[-3:]
 
 
 def test_what_cannot_be_killed_is_the_failure(scene: Scene) -> None:

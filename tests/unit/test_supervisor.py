@@ -81,6 +81,7 @@ class Factory:
         self.plans: list[int] = []
         self.refused: set[int] = set()
         self.ending = self
+        self.weights = SimpleNamespace(pids=())
 
     def prepare(self, *_: object) -> None:
         """Nothing."""
@@ -89,7 +90,7 @@ class Factory:
         """Keep the text."""
         self.origin = origin.text
 
-    async def build(self, plan: EnginePlan, epoch: int, **_: float) -> Any:
+    async def build(self, plan: EnginePlan, epoch: int, _: object) -> Any:
         """An engine, if there is none."""
         assert [] == self.alive, "a second engine"
         seqs = int(str(plan.arguments["max_num_seqs"]))

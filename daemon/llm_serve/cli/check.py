@@ -141,7 +141,7 @@ def _examine_arguments(verdict: Verdict, text: str) -> None:
 
     if pretend_if_none_is_seen():  # before anything else of vLLM is imported
         verdict.notes.append(f"vLLM sees no GPU here: what it chooses by the GPU is shown as for one of {COMMON}")
-    from llm_serve.engine import arguments, attach
+    from llm_serve.engine import arguments, attach, weight_cache
     from llm_serve.engine.weights import looks_like_path
 
     settings, source = verdict.settings, verdict.settings.source
@@ -158,6 +158,8 @@ def _examine_arguments(verdict: Verdict, text: str) -> None:
         verdict.effective = arguments.effective_arguments(namespace, config)
         if settings.server.front_ends > 1:
             attach.check(config, source)
+        if settings.recovery.keep_weights and (why := weight_cache.obstacle(config)):
+            verdict.notes.append(f"recovery.keep_weights has no effect: {why}")
     arguments.check_model(namespace, source=source, text=text)
 
 

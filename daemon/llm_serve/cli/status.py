@@ -90,6 +90,8 @@ def _rows(status: Mapping[str, Any], vitals: Vitals, now: float) -> Iterator[tup
     yield "listens on", status["listen"]
     engine = f"start {status['engine_starts']}, rung {status['rung']}, vLLM {status['vllm_version']}"
     yield "engine", f"{engine}, pids {status['engine_pids']}"
+    if status.get("weight_pids"):
+        yield "weights", f"stay in GPU memory between engines, pids {status['weight_pids']}"
     yield "plan", f"max_model_len {status['max_model_len']}, max_num_seqs {status['max_num_seqs']}"
     yield "requests", f"{status['requests_in_flight']} in flight, {status['requests_held']} held"
     yield from _load(vitals)

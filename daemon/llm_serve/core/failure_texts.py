@@ -238,6 +238,7 @@ _SEQS = re.compile(r"available Mamba cache blocks \((\d{1,9})\)")
 _FREE = re.compile(
     r"(?:Free memory on device|Available memory on node) \S+ \((\d{1,9}(?:\.\d{1,9})?)/(\d{1,9}(?:\.\d{1,9})?) GiB\)"
 )
+_BUDGET = re.compile(r"external process's weights \((\d{1,3}\.\d{1,9}), (\d{1,9}(?:\.\d{1,9})?) GiB\)")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -251,5 +252,9 @@ def numbers(text: str) -> dict[str, Any]:
     if seqs := _SEQS.search(text):
         found["fitting_num_seqs"] = int(seqs[1])
     if memory := _FREE.search(text):
-        found["free_bytes"], found["total_bytes"] = (int(float(gib) * _UNITS["G"]) for gib in memory.groups())
+        free, total = map(float, memory.groups())
+        if budget := _BUDGET.search(text):
+            # Weights that stay there for the next engine are not free, but it need not make room for them either.
+            free += max(0.0, float(budget[1]) * total - float(budget[2]))
+        found["free_bytes"], found["total_bytes"] = int(free * _UNITS["G"]), int(total * _UNITS["G"])
     return found

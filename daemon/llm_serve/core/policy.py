@@ -72,6 +72,12 @@ NO_REQUEST = frozenset({
 })  # fmt: skip
 """Kinds of death that no request can cause; after any other, one that was in flight may be the cause."""
 
+KEEPS_WEIGHTS = frozenset({Kind.killed, Kind.stalled})
+"""Kinds of death after which the same plan is tried with the same weights, where they have stayed in GPU memory.
+
+After any other a smaller plan may follow, which reads its own, or whatever went wrong may have written into them.
+"""
+
 _WAYS = frozenset({Kind.attention_backend, Kind.flashinfer, Kind.compilation, Kind.graph_capture})
 """Ways of computing: when none is left, only a person can find another."""
 

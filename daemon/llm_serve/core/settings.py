@@ -208,6 +208,8 @@ class RecoverySettings(Table):
     """The window of restart_limit."""
     step_up_after_s: SecondsOrOff = 0
     """Time on a smaller plan after which a larger one is tried again; 0: only after `reset`."""
+    keep_weights: bool = False
+    """Weights stay in GPU memory while an engine is replaced, in a process of their own."""
     attention_backends: Annotated[Literal["auto"] | tuple[str, ...], BeforeValidator(as_tuple)] = "auto"
     """"auto", or the backends to fall back through, in order."""
 

@@ -29,7 +29,8 @@ class Snapshot:
     """One instance at one moment. Times are seconds; `since` and `started` are Unix times.
 
     `asked` is the plan of the file, `engine_arguments` that of the moment. `requests_running` and `requests_waiting`
-    are those in the engine, `kv_cache_usage` is a share of 1; None without an engine.
+    are those in the engine, `kv_cache_usage` is a share of 1; None without an engine. `weight_pids` are the processes
+    that hold weights between engines.
     """
 
     instance: str
@@ -68,6 +69,7 @@ class Snapshot:
     reload_failed: str | None = None
     engine_network: str = ""
     engine_pids: tuple[int, ...] = ()
+    weight_pids: tuple[int, ...] = ()
     memory_bytes: int = 0
     front_ends: tuple[FrontEndStatus, ...] = ()
     gpus: tuple[Reading, ...] = ()

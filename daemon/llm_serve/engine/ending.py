@@ -47,7 +47,7 @@ class Ending:
         self._there_before = processes.shared_memory_of_python()
         self._noted: frozenset[Path] = frozenset()
         self.spared: set[int] = set()
-        """The pids of the front ends beside this process: processes below this one that are no engine's."""
+        """The pids of processes below this one that outlive engines: front ends, and what holds weights."""
 
     def begin(self) -> None:
         """An engine is about to be started: what comes into /dev/shm from now on may be its."""
@@ -143,8 +143,8 @@ class Ending:
         _remove(folders)
 
     def _own_processes(self) -> list[psutil.Process]:
-        """The daemon and the fork server, which outlive engines."""
-        pids = (os.getpid(), forkserver.running_pid())
+        """The daemon, the fork server and whatever else outlives engines."""
+        pids = (os.getpid(), forkserver.running_pid(), *self.spared)
         return [psutil.Process(pid) for pid in pids if pid and psutil.pid_exists(pid)]
 
 

@@ -23,10 +23,12 @@ from llm_serve.core.errors import ConfigError, HostError, LlmServeError
 from llm_serve.core.evidence import Evidence
 from llm_serve.core.plan import EnginePlan
 from llm_serve.core.progress import CONFIGURING, FIRST_TOKEN, IMPORTING, LAUNCHING, MEETING, Marks, is_progress
+from llm_serve.core.settings import RecoverySettings
 from llm_serve.engine import attach, forkserver, kernel_cache, loading, long_texts, relay
 from llm_serve.engine.ending import Ending, Places, free_dead_engines
 from llm_serve.engine.evidence import Collector
 from llm_serve.engine.running import Engine
+from llm_serve.engine.weight_cache import WeightCache
 from llm_serve.host import processes, stacks
 from llm_serve.host.closed_network import OPEN, Network
 from llm_serve.host.logs import get_logger
@@ -98,6 +100,8 @@ class Factory:
         self._progressed_at = time.monotonic()
         self.ending = Ending(places)
         """What ends them, when they fail to start as well."""
+        self.weights = WeightCache(places.runtime / "weights", self.ending.spared)
+        """What may hold weights between engines."""
         self.built = Effective()
         """What the last engine was built with, or was about to be."""
         self.device_memory_bytes: int | None = None
@@ -134,12 +138,12 @@ class Factory:
             forkserver.start(placed, architectures, self._receiver, self._runtime / "mp")
             self._forked_with = env
 
-    async def build(self, plan: EnginePlan, epoch: int, *, timeout_s: float, stall_timeout_s: float) -> Engine:
+    async def build(self, plan: EnginePlan, epoch: int, recovery: RecoverySettings) -> Engine:
         """Start an engine and return it when it has generated a token.
 
-        It may take `timeout_s`, and `stall_timeout_s` without CPU time, bytes read or a log line. Raises ConfigError
-        for a plan that vLLM refuses, HostError for a machine that is not ready, StartError for everything else. It
-        leaves nothing running in any of these cases, nor when it is cancelled.
+        It may take `start_timeout_s`, and `stall_timeout_s` without CPU time, bytes read or a log line. Raises
+        ConfigError for a plan that vLLM refuses, HostError for a machine that is not ready, StartError for everything
+        else. It leaves nothing running in any of these cases, nor when it is cancelled.
         """
         self._collector.clear()
         self.built = Effective()
@@ -147,10 +151,10 @@ class Factory:
         await asyncio.to_thread(self.ending.begin)
         self.prepare(plan, self._architectures)
         folders = self.ending.make_folders(epoch)
-        building = asyncio.create_task(asyncio.to_thread(self._build_in_thread, plan, epoch, folders))
-        watching = asyncio.create_task(self._watch_start(stall_timeout_s))
+        building = asyncio.create_task(asyncio.to_thread(self._build_in_thread, plan, epoch, folders, recovery))
+        watching = asyncio.create_task(self._watch_start(recovery.stall_timeout_s))
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(recovery.start_timeout_s):
                 engine = await _unless_stalled(asyncio.shield(building), watching)
                 self._collector.phase = FIRST_TOKEN
                 await _unless_stalled(_generate_one_token(engine), watching)
@@ -163,7 +167,7 @@ class Factory:
                 building, folders, stalled_for_s=stalled.seconds, stalled_on=waited_for
             ) from stalled
         except TimeoutError as error:
-            raise await self._too_slow(building, folders, timed_out_after_s=timeout_s) from error
+            raise await self._too_slow(building, folders, timed_out_after_s=recovery.start_timeout_s) from error
         except asyncio.CancelledError:
             await self.ending.abandon(building, folders)
             raise
@@ -174,6 +178,7 @@ class Factory:
             raise StartError(evidence) from error
         finally:
             watching.cancel()
+        self.weights.judge(has_come_up=True)
         forkserver.remember_settings()
         long_texts.fit(engine.llm.model_config.max_model_len)
         engine.processes = self.ending.engine_processes()
@@ -217,7 +222,9 @@ class Factory:
         """Seconds since a start last did anything."""
         return time.monotonic() - self._progressed_at
 
-    def _build_in_thread(self, plan: EnginePlan, epoch: int, folders: tuple[Path, Path]) -> Engine:
+    def _build_in_thread(
+        self, plan: EnginePlan, epoch: int, folders: tuple[Path, Path], recovery: RecoverySettings
+    ) -> Engine:
         private = {"VLLM_RPC_BASE_PATH": str(folders[0]), "TMPDIR": str(folders[1]), **self.network.env}
         source, text = self._origin.source, self._origin.text
         self._collector.phase = IMPORTING
@@ -244,6 +251,10 @@ class Factory:
             forced.install(config)
             replaced.install()
             forkserver.install()
+            if recovery.keep_weights:
+                self.weights.lend(config, plan.fingerprint())
+            else:
+                self.weights.drop()
             self._collector.phase = LAUNCHING
             steps = StepWatch()
             env = engine_environment(plan) | {"VLLM_RPC_BASE_PATH": str(folders[0])}
@@ -261,6 +272,7 @@ class Factory:
 
     def close(self) -> None:
         """End the fork server and what it has left. For the end of the daemon."""
+        self.weights.drop()
         self.ending.close()
         self._logging_config.unlink(missing_ok=True)
 

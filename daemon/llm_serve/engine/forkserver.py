@@ -138,6 +138,14 @@ def start_process(target: Callable[..., Any], args: tuple[Any, ...], env: Mappin
     return process
 
 
+def process_of_an_engine(target: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """A process that is an engine's as those are that vLLM starts, but starts with us. Not started yet.
+
+    It gets the environment of the moment of its `start()`.
+    """
+    return _Context().Process(target=target, args=args)
+
+
 class Handed:
     """A descriptor among the arguments of `start_process`; there, it is a descriptor of the new process."""
 

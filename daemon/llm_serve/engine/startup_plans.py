@@ -22,6 +22,7 @@ def install() -> None:
             config.model_config.max_model_len,
             config.scheduler_config.max_num_seqs,
             config.scheduler_config.max_num_batched_tokens,
+            config.load_config.load_format,  # weights that another process holds are not counted in
         )
         known_by = f"{without_limits(config, rank, world_size)} {limits}"
         return hashlib.sha256(known_by.encode()).hexdigest()[:16]
