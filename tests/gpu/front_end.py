@@ -32,13 +32,11 @@ import httpx
 
 from llm_serve.core.figures import percentile
 from tests.daemon import MODEL_NAME, free_port
-from tests.gpu.speed import SPARSE_SIZES
 from tests.gpu.stage import Stage, until_serving
 
 _TOKENS, _CLIENTS, _PER_STREAM = 50, 8, 8
 _SEQS = 1024
 _ENGINE: Mapping[str, Any] = {"load_format": "dummy", "max_model_len": 8192, "max_num_seqs": _SEQS}
-_SPARSE = {"cudagraph_capture_sizes": [*SPARSE_SIZES, 320, 384, 448, 512]}
 Seen = tuple[float, list[float], float]
 """Seconds of a whole load, seconds to the first token of each request, and events per answer where there are any."""
 
@@ -102,8 +100,8 @@ def _scrapes(server: Server) -> list[float]:
 
 
 @contextmanager
-def _ours(stage: Stage, engine: Mapping[str, Any], front_ends: int = 1) -> Iterator[Server]:
-    with stage.daemon(engine={**_ENGINE, **engine}, server={"front_ends": front_ends}) as daemon:
+def _ours(stage: Stage, front_ends: int) -> Iterator[Server]:
+    with stage.daemon(engine=dict(_ENGINE), server={"front_ends": front_ends}) as daemon:
         until_serving(daemon, 1, 400)
         while front_ends > 1 and [each["epoch"] for each in daemon.status()["front_ends"]] != [1] * front_ends:
             time.sleep(0.1)
@@ -203,10 +201,8 @@ async def _engine(model: str) -> None:
 
 
 SERVERS: Mapping[str, Callable[[Stage], Any]] = {
-    "llm-serve": lambda stage: _ours(stage, {}),
-    "llm-serve, sparse graphs": lambda stage: _ours(stage, _SPARSE),
-    "llm-serve x 4": lambda stage: _ours(stage, {}, 4),
-    "llm-serve x 4, sparse graphs": lambda stage: _ours(stage, _SPARSE, 4),
+    "llm-serve": lambda stage: _ours(stage, 1),
+    "llm-serve x 4": lambda stage: _ours(stage, 4),
     "vllm": lambda stage: _vllm(stage, 1),
     "vllm x 4": lambda stage: _vllm(stage, 4),
     "engine": _bare,

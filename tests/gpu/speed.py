@@ -11,6 +11,7 @@ import os
 import signal
 import statistics
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -18,23 +19,16 @@ import httpx
 from tests.daemon import MODEL_NAME, Daemon
 from tests.gpu.stage import Row, Stage, engine_core, phases, play, story, until_serving
 
-FEW_SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128]
-SPARSE_SIZES = [1, 2, 4, *range(8, 65, 8), 80, 96, 112, 128, 160, 192, 224, 256]
-"""vLLM's up to 64, and above it steps of an eighth to a quarter, up to the same largest one."""
+_ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+_MEGA = {"VLLM_USE_MEGA_AOT_ARTIFACT": "1"}
+_VLLMS_GRAPHS = {"max_cudagraph_capture_size": 256}
+"""vLLM's own choice for 128 sequences, asked for: then none of its graphs is left out."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "measured each time": {"env": {"VLLM_ENABLE_STARTUP_PLAN": "0"}},
-    "few graphs": {"engine": {"cudagraph_capture_sizes": FEW_SIZES}},
-    "sparse graphs": {"engine": {"cudagraph_capture_sizes": SPARSE_SIZES}},
-    "mega artifact": {"env": {"VLLM_USE_MEGA_AOT_ARTIFACT": "1"}},
-    "mega artifact, sparse graphs": {
-        "env": {"VLLM_USE_MEGA_AOT_ARTIFACT": "1"},
-        "engine": {"cudagraph_capture_sizes": SPARSE_SIZES},
-    },
-    "mega artifact, whole graphs": {
-        "env": {"VLLM_USE_MEGA_AOT_ARTIFACT": "1"},
-        "engine": {"compilation_config": {"cudagraph_mode": "FULL"}},
-    },
+    "mega artifact": {"env": _MEGA},
+    "mega artifact, vLLM's graphs": {"env": _MEGA, "engine": _VLLMS_GRAPHS},
+    "mega artifact, whole graphs": {"env": _MEGA, "engine": {"compilation_config": {"cudagraph_mode": "FULL"}}},
     "eager": {"engine": {"enforce_eager": True}},
 }
 """What may make a rebuild faster. vLLM uses the mega artifact by itself from torch 2.12 on."""
@@ -62,7 +56,7 @@ def rebuilds(stage: Stage) -> Row:
     row: Row = {}
     for name in os.environ.get("LLM_SERVE_VARIANTS", ";".join(VARIANTS)).split(";"):
         variant = VARIANTS[name]
-        env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | variant.get("env", {})
+        env = _ENV | variant.get("env", {})
         with stage.daemon(env=env, engine=variant.get("engine", {})) as daemon:
             until_serving(daemon, 1, 300)
             row[name], kills = [], int(os.environ.get("LLM_SERVE_KILLS", "3"))
@@ -71,22 +65,33 @@ def rebuilds(stage: Stage) -> Row:
                 os.kill(engine_core(daemon), signal.SIGKILL)
                 assert daemon.chat(max_tokens=1).status_code == 200
                 row[name].append(round(time.monotonic() - began, 2))
-            lines = [line[:120] for line in phases(daemon) if "Capturing" not in line]
-            row[f"{name}: log"] = lines if name != "as it is" else []
+            row[f"{name}: log"] = phases(daemon)
     return row
 
 
 def graph_sizes(stage: Stage) -> Row:
-    """Tokens per second with all of vLLM's graph sizes and with few: what does a faster rebuild cost while serving?"""
-    row: Row = {}
-    for name, engine in {"vLLM's": {}, "sparse": {"cudagraph_capture_sizes": SPARSE_SIZES}}.items():
-        with stage.daemon(engine=engine) as daemon:
+    """Tokens per second with the graphs that are left and with all of vLLM's, by streams: what do fewer cost?
+
+    Two daemons on one GPU, of which one is loaded at a time, by turns. The next graph is larger by 8 tokens, or by 16.
+    """
+    both: dict[str, dict[str, Any]] = {"ours": {}, "vLLM's": {"max_cudagraph_capture_size": 512}}
+    engine = {"max_num_seqs": 512, "gpu_memory_utilization": 0.45, "kv_cache_memory_bytes": 30 << 30}
+    row: Row = {name: {clients: [] for clients in (66, 130, 200, 260, 330)} for name in both}
+    with ExitStack() as stack:
+        daemons = {
+            name: stack.enter_context(stage.daemon(engine=engine | graphs, env=_ENV | _MEGA))
+            for name, graphs in both.items()
+        }
+        for daemon in daemons.values():
             until_serving(daemon, 1, 300)
-            _tokens_per_second(daemon, 128, 32)
-            row[name] = {clients: [_tokens_per_second(daemon, clients, 256) for _ in range(3)]
-                         for clients in (1, 20, 40, 66, 72, 100, 116, 128)}  # fmt: skip
-    row["ratio"] = {clients: round(statistics.median(row["sparse"][clients]) / statistics.median(seen), 3)
-                    for clients, seen in row["vLLM's"].items()}  # fmt: skip
+            _tokens_per_second(daemon, 330, 32)
+        for _ in range(int(os.environ.get("LLM_SERVE_ROUNDS", "4"))):
+            for clients in row["ours"]:
+                for name, daemon in daemons.items():
+                    row[name][clients].append(_tokens_per_second(daemon, clients, 256))
+            print(row, flush=True)
+    row["ratio"] = {clients: round(statistics.median(seen) / statistics.median(row["vLLM's"][clients]), 3)
+                    for clients, seen in row["ours"].items()}  # fmt: skip
     return row
 
 

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Stage:
             "recovery": recovery | tables.get("recovery", {}),
             "gpu": tables.get("gpu", {}),
             "limits": tables.get("limits", {}),
+            "log": {"format": "json"},
             "engine.env": tables.get("env", {"VLLM_USE_FLASHINFER_SAMPLER": "0"}),
         }
         made.file.write_text(instance_text(self.model, whole))
@@ -142,11 +144,27 @@ def story(daemon: Daemon) -> Row:
 
 
 def phases(daemon: Daemon) -> list[str]:
-    """The log's time stamps of the last recovery, or of the start."""
-    lines = daemon.log().splitlines()
-    begun = max((number for number, line in enumerate(lines) if "serving -> recovering" in line), default=0)
-    words = ("serving", "engine failed", "%", "took", "Loading", "Starting to load", "graph", "Graph", "KV cache")
-    return [line[:150] for line in lines[begun:] if any(word in line for word in words)][:60]
+    """What was logged of the last recovery, or of the start, each with its seconds since the first of these lines."""
+    entries = [json.loads(line) for line in daemon.log().splitlines() if line.startswith("{")]
+    begun = max((number for number, each in enumerate(entries) if "serving -> recovering" in each["event"]), default=0)
+    words = (
+        "serving",
+        "engine failed",
+        "%",
+        "took",
+        "Loading",
+        "Starting to load",
+        "Graph",
+        "KV cache",
+        "Initializing",
+    )
+    first = _seconds(entries[begun]) if entries else 0.0
+    said = [(_seconds(each) - first, each["event"]) for each in entries[begun:] if "Capturing" not in each["event"]]
+    return [f"{at:6.2f} {event[:110]}" for at, event in said if any(word in event for word in words)][:60]
+
+
+def _seconds(entry: Mapping[str, Any]) -> float:
+    return datetime.fromisoformat(entry["timestamp"]).timestamp()
 
 
 def play(scenes: Mapping[str, Callable[[Stage], Row]], about: str | None) -> None:

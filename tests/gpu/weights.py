@@ -15,12 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager
 
 from tests.daemon import Daemon
 from tests.gpu.stage import Row, Stage, asked, engine_core, phases, play, story, until_serving
 
 _SHARD_BYTES = 4 << 30
+_ENV = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_MEGA_AOT_ARTIFACT": "1"}
 _MAKE = """
 import json, sys, torch
 from pathlib import Path
@@ -60,10 +60,14 @@ def kept(stage: Stage) -> Row:
 
 
 def faults(stage: Stage) -> Row:
-    """What holds the weights is killed under an engine that serves; then a kernel writes where it must not (injected)."""
+    """What holds the weights is killed under an engine that serves; then a kernel writes where it must not (injected).
+
+    Weights are made up here: the same each time, so that answers can be compared.
+    """
     fault = stage.folder / "fault.json"
     fault.unlink(missing_ok=True)
-    with _daemon(stage, keep_weights=True, environ={"LLM_SERVE_FAULT_FILE": str(fault)}) as daemon:
+    environ = {"LLM_SERVE_FAULT_FILE": str(fault)}
+    with stage.daemon(recovery={"keep_weights": True}, env=_ENV, environ=environ) as daemon:
         until_serving(daemon, 1, 300)
         said, first = {_answer(daemon)}, _holders(daemon)
         os.kill(first[0], signal.SIGKILL)
@@ -86,7 +90,8 @@ def faults(stage: Stage) -> Row:
 
 def _kills(stage: Stage, *, keep_weights: bool) -> Row:
     began = time.monotonic()
-    with _daemon(stage, keep_weights=keep_weights) as daemon:
+    recovery = {"keep_weights": keep_weights}
+    with _with_files(stage).daemon(engine={"load_format": "auto"}, recovery=recovery, env=_ENV) as daemon:
         until_serving(daemon, 1, 300)
         row: Row = {"start s": round(time.monotonic() - began, 1), "kills s": []}
         said = [_answer(daemon)]
@@ -99,16 +104,7 @@ def _kills(stage: Stage, *, keep_weights: bool) -> Row:
         tokens = [
             line.partition("KV cache size: ")[2][:20] for line in daemon.log().splitlines() if "KV cache size" in line
         ]
-        lines = [line[:120] for line in phases(daemon) if "Capturing" not in line]
-        return row | {"KV cache": tokens, "last": lines, "began": _began(daemon)} | story(daemon)
-
-
-def _daemon(
-    stage: Stage, *, keep_weights: bool, environ: dict[str, str] | None = None
-) -> AbstractContextManager[Daemon]:
-    env = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_USE_MEGA_AOT_ARTIFACT": "1"}
-    recovery = {"keep_weights": keep_weights}
-    return _with_files(stage).daemon(engine={"load_format": "auto"}, recovery=recovery, env=env, environ=environ)
+        return row | {"KV cache": tokens, "last": phases(daemon)} | story(daemon)
 
 
 def _answer(daemon: Daemon) -> str:
@@ -123,11 +119,6 @@ def _holders(daemon: Daemon) -> list[int]:
 
 def _used(daemon: Daemon) -> dict[str, int]:
     return {each["name"]: each["used_bytes"] >> 20 for each in daemon.status()["gpus"][0]["processes"]}
-
-
-def _began(daemon: Daemon) -> list[str]:
-    """What the log says of weights, from the beginning."""
-    return [line[:160] for line in daemon.log().splitlines() if "eight" in line][:12]
 
 
 def _with_files(stage: Stage) -> Stage:

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from llm_serve.core import graph_sizes
 from llm_serve.core.instance_file import nearest
 from llm_serve.core.plan import HIDDEN, SECRET_NAME, EnginePlan
 from llm_serve.engine import numa
@@ -286,10 +287,29 @@ def engine_config(namespace: argparse.Namespace, *, source: str = "", text: str 
     """
     report = _report(source, text)
     _check_model_exists(namespace.model, report)
+    are_graphs_named = _names_graph_sizes(namespace)  # afterwards vLLM has filled them in
     with report.refusals():
         created = _create(namespace)
         numa.check(created[1].parallel_config)
+        if not are_graphs_named:
+            _thin_graphs(created[1])
         return created
+
+
+def _names_graph_sizes(namespace: argparse.Namespace) -> bool:
+    """True where the file says which CUDA graphs it wants, under either of the names that vLLM has for it."""
+    names = ("cudagraph_capture_sizes", "max_cudagraph_capture_size")
+    return any(
+        getattr(where, name, None) is not None for where in (namespace, namespace.compilation_config) for name in names
+    )
+
+
+def _thin_graphs(config: Any) -> None:
+    """Leave out CUDA graphs whose capture costs more than they bring. Not where sizes follow from speculation."""
+    sizes = config.compilation_config.cudagraph_capture_sizes
+    if sizes and config.speculative_config is None:
+        needed = (config.scheduler_config.max_num_seqs,)
+        config.compilation_config.cudagraph_capture_sizes = graph_sizes.sparse(sizes, needed)
 
 
 def _create(namespace: argparse.Namespace) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from llm_serve.core.evidence import Holder
 from llm_serve.host.nvml import Gpu, Gpus
 
 _LOOK_EVERY_S = 1.0
-_SAMPLE_EVERY_S = 0.25
+_SAMPLE_EVERY_S = 0.05
 DEVICE_NODES = (Path("/dev/nvidia-uvm"), Path("/dev/nvidiactl"))
 _ENDING = ("Z", "X")
 _PATIENCE_S = 5.0
